@@ -1,0 +1,1 @@
+"""The trainer: Megatron's flags and data, DeepSpeed's engine, SAT layers."""
