@@ -1,0 +1,195 @@
+"""Which units stay, given their scores, and how many.
+
+A unit is an attention head or an MLP channel. Units are cut into contiguous groups that keep equal
+shares. Nothing here waits for the GPU: how many units stay is known before their scores are.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+# Rates such as 1 - 0.8 miss their decimal value by about 1e-16; counts stay below 1e7.
+_ROUNDING = 1e-9
+
+
+def noise_seed(seed: int, step: int, micro_batch: int, layer: int, site: str) -> int:
+    """Seed of the noise of one site, in [0, 2^64): eight bytes of a hash of what names the draw."""
+    name = f"{seed},{step},{micro_batch},{layer},{site}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+def gumbel_noise(n: int, *, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise, `[n]` float32 on the CPU, always finite.
+
+    Drawn in float64: in float32 a uniform number is 0 once in 2^24 draws, and its noise infinite.
+    """
+    uniform = torch.rand(n, generator=generator, dtype=torch.float64)
+    uniform.clamp_(min=torch.finfo(torch.float64).tiny)
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+def _ranked(scores: Tensor, noise: Tensor | None, temperature: float, groups: int) -> Tensor:
+    """Positions within the group, best first, `[groups, n / groups]` int64."""
+    if noise is not None:
+        scores = torch.add(noise, scores, alpha=1.0 / temperature)
+    # A stable sort keeps the lower index first among equals; torch.topk promises no order.
+    return torch.sort(scores.view(groups, -1), dim=-1, descending=True, stable=True).indices
+
+
+def rank_units(scores: Tensor, noise: Tensor | None, *, temperature: float, groups: int) -> Tensor:
+    """All units of every group, best first.
+
+    Args:
+        scores: `[n]` float32.
+        noise: Gumbel noise `[n]` on the device of the scores, or None for the order of the scores.
+        temperature: tau of equation 8, above 0; without noise it has no effect.
+        groups: number of contiguous groups; n is a multiple of it.
+
+    Returns:
+        Indices into `scores`, `[groups, n / groups]` int64; of equal units the lower index first.
+        The first k of a row are a draw of k units of that group without replacement.
+    """
+    ranked = _ranked(scores, noise, temperature, groups)
+    first = torch.arange(0, scores.numel(), ranked.shape[1], device=scores.device)
+    return ranked + first[:, None]
+
+
+def select_with_noise(
+    scores: Tensor, noise: Tensor | None, keep: int, *, temperature: float, groups: int
+) -> Tensor:
+    """The `keep / groups` best units of each group, by score / temperature + noise.
+
+    Arguments as for `rank_units`; `keep` is a multiple of `groups`. Returns `[keep]` int64,
+    ascending. Works on any device and never waits for it.
+    """
+    if keep == scores.numel():
+        return torch.arange(keep, device=scores.device)
+    best = rank_units(scores, noise, temperature=temperature, groups=groups)[:, : keep // groups]
+    return best.sort(dim=-1).values.view(-1)
+
+
+def select(
+    scores: Tensor,
+    keep: int,
+    *,
+    method: str,
+    temperature: float,
+    generator: torch.Generator | None,
+    groups: int = 1,
+) -> Tensor:
+    """Selects units by their scores (section 2.2, equation 8).
+
+    "sampling" draws without replacement, one unit after the other with probabilities
+    softmax(score / temperature) among those left: the `keep` largest of score / temperature +
+    Gumbel noise have just that distribution. "top-k" takes the largest scores, the lower index
+    first among equals.
+
+    Args:
+        scores: `[n]`, any device.
+        keep: number of units that stay, 0 to n, a multiple of `groups`.
+        method: "sampling" or "top-k".
+        temperature: tau of equation 8, above 0; "top-k" does not use it.
+        generator: CPU generator of the noise; "top-k" does not use it.
+        groups: contiguous groups of equal size, each of which keeps `keep / groups` units.
+
+    Returns:
+        The indices of the units that stay, `[keep]` int64, ascending, on the device of the scores.
+
+    Raises:
+        ValueError: for arguments outside what is said above.
+    """
+    if scores.ndim != 1:
+        raise ValueError(f"scores have shape {list(scores.shape)}; valid: one dimension")
+    n = scores.numel()
+    if groups < 1 or n % groups:
+        raise ValueError(f"groups is {groups}; valid: a divisor of the number of scores, {n}")
+    if not 0 <= keep <= n or keep % groups:
+        raise ValueError(f"keep is {keep}; valid: 0 to {n}, a multiple of groups, {groups}")
+    if method not in ("sampling", "top-k"):
+        raise ValueError(f"method is {method!r}; valid: sampling, top-k")
+    noise = None
+    if method == "sampling":
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; valid: a number above 0")
+        if generator is None:
+            raise ValueError("generator is None; valid for sampling: a CPU generator")
+        noise = gumbel_noise(n, generator=generator).to(scores.device)
+    return select_with_noise(scores.float(), noise, keep, temperature=temperature, groups=groups)
+
+
+def _is_paper_count(selection_groups: int, channel_multiple: int) -> bool:
+    return selection_groups == 1 and channel_multiple == 1
+
+
+def head_groups(*, num_heads: int, num_query_groups: int, selection_groups: int) -> int:
+    """Groups within which query heads are chosen: `groups` of `select` for attention.
+
+    With one query head per KV group (MHA) these are the selection groups; with more (GQA) they are
+    the KV groups, each of which keeps the same number, so that the kept heads are grouped too.
+
+    Raises:
+        ValueError: unless heads fill the KV groups, and KV groups the selection groups, evenly.
+    """
+    if num_heads % num_query_groups:
+        raise ValueError(
+            f"the number of attention heads is {num_heads}; valid: a multiple of the number of "
+            f"query groups, {num_query_groups}"
+        )
+    if num_query_groups % selection_groups:
+        raise ValueError(
+            f"selection_groups (--sat-selection-groups) is {selection_groups}; valid: a divisor "
+            f"of the number of query groups, {num_query_groups}"
+        )
+    return selection_groups if num_query_groups == num_heads else num_query_groups
+
+
+def kept_heads_per_group(
+    omission_rate: float,
+    *,
+    num_heads: int,
+    num_query_groups: int,
+    selection_groups: int,
+    channel_multiple: int,
+) -> int:
+    """Query heads that stay in each of the `head_groups`.
+
+    n (1 - r) of the n heads of a group, rounded half up; rounded down, as in the paper, where both
+    `selection_groups` and `channel_multiple` are 1; always at least 1.
+
+    Raises:
+        ValueError: as `head_groups`.
+    """
+    groups = head_groups(
+        num_heads=num_heads, num_query_groups=num_query_groups, selection_groups=selection_groups
+    )
+    exact = num_heads // groups * (1.0 - omission_rate)
+    half = 0.0 if _is_paper_count(selection_groups, channel_multiple) else 0.5
+    return max(1, math.floor(exact + half + _ROUNDING))
+
+
+def kept_channels_per_group(
+    omission_rate: float, *, num_channels: int, selection_groups: int, channel_multiple: int
+) -> int:
+    """MLP channels that stay in each selection group.
+
+    The multiple of `channel_multiple` nearest to n (1 - r), n the channels of a group, of two the
+    higher; at least one multiple and at most n, so that a group smaller than the multiple stays
+    whole. With `selection_groups` and `channel_multiple` 1, rounded down as in the paper and at
+    least 1. Rate 0 keeps all, multiple or not.
+
+    Raises:
+        ValueError: unless channels fill the selection groups evenly.
+    """
+    if num_channels % selection_groups:
+        raise ValueError(
+            f"selection_groups (--sat-selection-groups) is {selection_groups}; valid: a divisor "
+            f"of the number of MLP channels, {num_channels}"
+        )
+    n = num_channels // selection_groups
+    if omission_rate == 0:
+        return n
+    half = 0.0 if _is_paper_count(selection_groups, channel_multiple) else 0.5
+    multiples = math.floor(n * (1.0 - omission_rate) / channel_multiple + half + _ROUNDING)
+    return min(n, max(1, multiples) * channel_multiple)
