@@ -1,0 +1,8 @@
+"""Pure functions on tensors: sliced linears, gathers and scatters, row scores, attention.
+
+Nothing here knows of Megatron, DeepSpeed or process groups.
+"""
+
+from megatron_sat.ops.linear import column_sliced_linear, row_sliced_linear
+
+__all__ = ["column_sliced_linear", "row_sliced_linear"]

@@ -1,0 +1,215 @@
+"""Linears that use only the kept units of their weight: pure parts, and autograd Functions.
+
+Shapes: T tokens; `weight [out, in]` whole; k kept units; m = sections * k * unit kept rows
+(column-sliced: the output features are sliced) or m = k * unit kept columns (row-sliced: the
+input features are sliced). `index [k]`: see `gather_scatter`. With k = 0 a part returns zeros
+of the right shape without a GEMM. A weight gradient is whole, exactly zero for what was left
+out, and has the operands' dtype.
+
+The parts take 2-D operands and read no size from a weight that is not also multiplied, so a
+caller whose parameter is partitioned (ZeRO-3) may use them with sizes from its configuration.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_sat.ops.gather_scatter import (
+    gather_columns,
+    gather_rows,
+    scatter_columns,
+    scatter_rows,
+)
+
+
+def column_forward(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    unit: int = 1,
+    sections: int = 1,
+) -> Tensor:
+    """y [T, m] = x [T, in] @ weight[rows].T (+ bias[rows])."""
+    if index.numel() == 0:
+        return x.new_zeros(x.shape[0], 0)
+    kept_weight = gather_rows(weight, index, unit=unit, sections=sections)
+    kept_bias = None
+    if bias is not None:
+        kept_bias = gather_rows(bias[:, None], index, unit=unit, sections=sections)[:, 0]
+    return torch.nn.functional.linear(x, kept_weight, kept_bias)
+
+
+def column_input_grad(
+    dy: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1, sections: int = 1
+) -> Tensor:
+    """dx [T, in] = dy [T, m] @ weight[rows]."""
+    if index.numel() == 0:
+        return dy.new_zeros(dy.shape[0], weight.shape[1])
+    return dy @ gather_rows(weight, index, unit=unit, sections=sections)
+
+
+def column_weight_grad(
+    dy: Tensor, x: Tensor, index: Tensor, *, rows: int, unit: int = 1, sections: int = 1
+) -> Tensor:
+    """dweight [rows, in], of which the kept rows are dy [T, m].T @ x [T, in]."""
+    if index.numel() == 0:
+        return x.new_zeros(rows, x.shape[1])
+    return scatter_rows(dy.t() @ x, index, rows=rows, unit=unit, sections=sections)
+
+
+def column_bias_grad(
+    dy: Tensor, index: Tensor, *, rows: int, unit: int = 1, sections: int = 1
+) -> Tensor:
+    """dbias [rows], of which the kept entries are the sum of dy [T, m] over tokens."""
+    if index.numel() == 0:
+        return dy.new_zeros(rows)
+    kept = dy.sum(dim=0)[:, None]
+    return scatter_rows(kept, index, rows=rows, unit=unit, sections=sections)[:, 0]
+
+
+def row_forward(x: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1) -> Tensor:
+    """y [T, out] = x [T, m] @ weight[:, columns].T."""
+    if index.numel() == 0:
+        return x.new_zeros(x.shape[0], weight.shape[0])
+    return x @ gather_columns(weight, index, unit=unit).t()
+
+
+def row_input_grad(dy: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1) -> Tensor:
+    """dx [T, m] = dy [T, out] @ weight[:, columns]."""
+    if index.numel() == 0:
+        return dy.new_zeros(dy.shape[0], 0)
+    return dy @ gather_columns(weight, index, unit=unit)
+
+
+def row_weight_grad(dy: Tensor, x: Tensor, index: Tensor, *, columns: int, unit: int = 1) -> Tensor:
+    """dweight [out, columns], of which the kept columns are dy [T, out].T @ x [T, m]."""
+    if index.numel() == 0:
+        return dy.new_zeros(dy.shape[1], columns)
+    return scatter_columns(dy.t() @ x, index, columns=columns, unit=unit)
+
+
+class _ColumnSlicedLinear(torch.autograd.Function):
+    """
+    ```
+    x [..., in]   weight [out, in]   bias [out]   rows: the m kept rows of out
+    forward          y             = x @ weight[rows].T + bias[rows]     [..., m]
+    input gradient   dx            = dy @ weight[rows]                   [..., in]
+    weight gradient  dweight[rows] = dy.T @ x, 0 elsewhere               [out, in]
+    bias gradient    dbias[rows]   = sum of dy over tokens, 0 elsewhere  [out]
+    ```
+    Saves x, the whole weight and the index; backward slices the weight again, because a kept
+    slice would hold memory that ZeRO-3 believes to be free.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        bias: Tensor | None,
+        unit: int,
+        sections: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, index)
+        ctx.rows, ctx.layout = weight.shape[0], {"unit": unit, "sections": sections}
+        y = column_forward(_tokens(x), weight, index, bias=bias, **ctx.layout)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, index = ctx.saved_tensors
+        needs_x, needs_weight, _, needs_bias, _, _ = ctx.needs_input_grad
+        dy = _tokens(grad_output)
+        dx = dweight = dbias = None
+        if needs_x:
+            dx = column_input_grad(dy, weight, index, **ctx.layout).view_as(x)
+        if needs_weight:
+            dweight = column_weight_grad(dy, _tokens(x), index, rows=ctx.rows, **ctx.layout)
+        if needs_bias:
+            dbias = column_bias_grad(dy, index, rows=ctx.rows, **ctx.layout)
+        return dx, dweight, None, dbias, None, None
+
+
+class _RowSlicedLinear(torch.autograd.Function):
+    """
+    ```
+    x [..., m]   weight [out, in]   columns: the m kept columns of in
+    forward          y                   = x @ weight[:, columns].T   [..., out]
+    input gradient   dx                  = dy @ weight[:, columns]    [..., m]
+    weight gradient  dweight[:, columns] = dy.T @ x, 0 elsewhere      [out, in]
+    ```
+    Saves x, the whole weight and the index, and slices again in backward (see above).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, unit: int) -> Tensor:
+        ctx.save_for_backward(x, weight, index)
+        ctx.columns, ctx.unit = weight.shape[1], unit
+        y = row_forward(_tokens(x), weight, index, unit=unit)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, index = ctx.saved_tensors
+        needs_x, needs_weight, _, _ = ctx.needs_input_grad
+        dy = _tokens(grad_output)
+        dx = dweight = None
+        if needs_x:
+            dx = row_input_grad(dy, weight, index, unit=ctx.unit).view_as(x)
+        if needs_weight:
+            dweight = row_weight_grad(dy, _tokens(x), index, columns=ctx.columns, unit=ctx.unit)
+        return dx, dweight, None, None
+
+
+def column_sliced_linear(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    unit: int = 1,
+    sections: int = 1,
+) -> Tensor:
+    """Linear whose output features are the kept units; differentiable, gradients are whole.
+
+    The plain call is `x @ weight[index].T`. `weight [out, in]` (and `bias [out]`) are
+    `sections` equal blocks of rows; unit i of a block is rows `[i*unit, (i+1)*unit)`.
+
+    Args:
+        x: `[..., in]`.
+        index: `[k]` int64, ascending, no duplicates, the same for each section; k may be 0.
+
+    Returns: `[..., sections*k*unit]`, section by section.
+
+    Raises: ValueError if `out` is not a multiple of `sections * unit`.
+    """
+    return _ColumnSlicedLinear.apply(x, weight, index, bias, unit, sections)
+
+
+def row_sliced_linear(x: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1) -> Tensor:
+    """Linear whose input features are the kept units; differentiable, gradients are whole.
+
+    The plain call is `x @ weight[:, index].T`. Unit i of `weight [out, in]` is columns
+    `[i*unit, (i+1)*unit)`.
+
+    Args:
+        x: `[..., k*unit]`.
+        index: `[k]` int64, ascending, no duplicates; k may be 0.
+
+    Returns: `[..., out]`.
+
+    Raises: ValueError if `in` is not a multiple of `unit`.
+    """
+    return _RowSlicedLinear.apply(x, weight, index, unit)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[..., features] -> [T, features]; `reshape(-1, n)` cannot tell T where n is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
