@@ -119,77 +119,33 @@ def select(
     return select_with_noise(scores.float(), noise, keep, temperature=temperature, groups=groups)
 
 
-def _is_paper_count(selection_groups: int, channel_multiple: int) -> bool:
-    return selection_groups == 1 and channel_multiple == 1
-
-
-def head_groups(*, num_heads: int, num_query_groups: int, selection_groups: int) -> int:
-    """Groups within which query heads are chosen: `groups` of `select` for attention.
-
-    With one query head per KV group (MHA) these are the selection groups; with more (GQA) they are
-    the KV groups, each of which keeps the same number, so that the kept heads are grouped too.
-
-    Raises:
-        ValueError: unless heads fill the KV groups, and KV groups the selection groups, evenly.
-    """
-    if num_heads % num_query_groups:
-        raise ValueError(
-            f"the number of attention heads is {num_heads}; valid: a multiple of the number of "
-            f"query groups, {num_query_groups}"
-        )
-    if num_query_groups % selection_groups:
-        raise ValueError(
-            f"selection_groups (--sat-selection-groups) is {selection_groups}; valid: a divisor "
-            f"of the number of query groups, {num_query_groups}"
-        )
-    return selection_groups if num_query_groups == num_heads else num_query_groups
-
-
 def kept_heads_per_group(
-    omission_rate: float,
-    *,
-    num_heads: int,
-    num_query_groups: int,
-    selection_groups: int,
-    channel_multiple: int,
+    heads_per_group: int, omission_rate: float, *, selection_groups: int, channel_multiple: int
 ) -> int:
-    """Query heads that stay in each of the `head_groups`.
+    """Query heads that stay in each group of `heads_per_group`.
 
-    n (1 - r) of the n heads of a group, rounded half up; rounded down, as in the paper, where both
-    `selection_groups` and `channel_multiple` are 1; always at least 1.
-
-    Raises:
-        ValueError: as `head_groups`.
+    The group is the selection group where every head has its own keys and values (MHA), and the KV
+    group in grouped-query attention, whose kept heads then are grouped too. With n its heads,
+    n (1 - r) is rounded half up, or down as in the paper where both `selection_groups` (of the
+    whole site) and `channel_multiple` are 1; at least 1 head stays.
     """
-    groups = head_groups(
-        num_heads=num_heads, num_query_groups=num_query_groups, selection_groups=selection_groups
-    )
-    exact = num_heads // groups * (1.0 - omission_rate)
-    half = 0.0 if _is_paper_count(selection_groups, channel_multiple) else 0.5
-    return max(1, math.floor(exact + half + _ROUNDING))
+    half = 0.0 if selection_groups == channel_multiple == 1 else 0.5
+    return max(1, math.floor(heads_per_group * (1.0 - omission_rate) + half + _ROUNDING))
 
 
 def kept_channels_per_group(
-    omission_rate: float, *, num_channels: int, selection_groups: int, channel_multiple: int
+    channels_per_group: int, omission_rate: float, *, selection_groups: int, channel_multiple: int
 ) -> int:
-    """MLP channels that stay in each selection group.
+    """MLP channels that stay in each selection group of `channels_per_group`.
 
-    The multiple of `channel_multiple` nearest to n (1 - r), n the channels of a group, of two the
-    higher; at least one multiple and at most n, so that a group smaller than the multiple stays
-    whole. With `selection_groups` and `channel_multiple` 1, rounded down as in the paper and at
-    least 1. Rate 0 keeps all, multiple or not.
-
-    Raises:
-        ValueError: unless channels fill the selection groups evenly.
+    With n the channels of the group: the multiple of `channel_multiple` nearest to n (1 - r), the
+    higher of two, at least one multiple and at most n. So a group smaller than the multiple stays
+    whole. Where both `selection_groups` and `channel_multiple` are 1: n (1 - r) rounded down as in
+    the paper, at least 1. Rate 0 keeps all n, a multiple or not.
     """
-    if num_channels % selection_groups:
-        raise ValueError(
-            f"selection_groups (--sat-selection-groups) is {selection_groups}; valid: a divisor "
-            f"of the number of MLP channels, {num_channels}"
-        )
-    n = num_channels // selection_groups
     if omission_rate == 0:
-        return n
-    half = 0.0 if _is_paper_count(selection_groups, channel_multiple) else 0.5
-    multiples = math.floor(n * (1.0 - omission_rate) / channel_multiple + half + _ROUNDING)
-    return min(n, max(1, multiples) * channel_multiple)
+        return channels_per_group
+    half = 0.0 if selection_groups == channel_multiple == 1 else 0.5
+    exact = channels_per_group * (1.0 - omission_rate) / channel_multiple
+    multiples = max(1, math.floor(exact + half + _ROUNDING))
+    return min(channels_per_group, multiples * channel_multiple)

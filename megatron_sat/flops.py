@@ -1,0 +1,178 @@
+"""Floating-point operations of a training step, dense and with units left out (section 2.3).
+
+A multiply-add is two operations. Counted are the matrix products of a decoder with causal
+attention; norms, activations, the embedding and the choice of units are not. All counts are of the
+whole model, over all ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Recompute = Literal["selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a decoder that decide its cost; names are Megatron's.
+
+    Raises:
+        ValueError: for a size below 1, or heads that do not fill the query groups evenly.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """KV groups; as many as heads in multi-head attention."""
+    kv_channels: int
+    """Size of a head."""
+    vocab_size: int
+    """Columns of the output layer, padding included."""
+    seq_length: int
+    """Tokens that attention spans."""
+    gated: bool = True
+    """Whether the MLP has a gate (SwiGLU): three matrices instead of two."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "gated" and value < 1:
+                raise ValueError(f"{name} is {value}; valid: 1 or more")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}; valid: a multiple of "
+                f"num_query_groups, {self.num_query_groups}"
+            )
+
+    @property
+    def is_grouped_query(self) -> bool:
+        """Whether several query heads share keys and values."""
+        return self.num_query_groups < self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardFlops:
+    """Operations of a forward pass by component, each summed over the layers."""
+
+    qkv: int
+    core_attention: int
+    proj: int
+    mlp: int
+    head: int
+
+    @property
+    def layers(self) -> int:
+        """All but the output layer."""
+        return self.qkv + self.core_attention + self.proj + self.mlp
+
+    @property
+    def total(self) -> int:
+        """Layers and output layer."""
+        return self.layers + self.head
+
+
+def forward_flops(
+    shape: ModelShape,
+    *,
+    tokens: int,
+    heads_kept: int | None = None,
+    channels_kept: int | None = None,
+) -> ForwardFlops:
+    """Operations of a forward pass over `tokens` tokens, in sequences of `shape.seq_length`.
+
+    Causal attention counts half of the score matrix. The keys and values of omitted heads are
+    left out too in multi-head attention, and are whole in grouped-query attention.
+
+    Args:
+        shape: the model.
+        tokens: tokens in the pass, over all sequences and data-parallel ranks.
+        heads_kept: query heads that a layer runs, over all ranks; None: all.
+        channels_kept: MLP channels that a layer runs, over all ranks; None: all.
+
+    Raises:
+        ValueError: for more heads or channels than there are, or fewer than 0.
+    """
+    heads = _kept("heads_kept", heads_kept, shape.num_attention_heads)
+    channels = _kept("channels_kept", channels_kept, shape.ffn_hidden_size)
+    key_value_heads = shape.num_query_groups if shape.is_grouped_query else heads
+    qkv_rows = (heads + 2 * key_value_heads) * shape.kv_channels
+    query_rows = heads * shape.kv_channels
+    mlp_matrices = 3 if shape.gated else 2
+    per_layer = 2 * tokens * shape.num_layers
+    return ForwardFlops(
+        qkv=per_layer * shape.hidden_size * qkv_rows,
+        # Scores and their product with the values, 2 S columns, half of them masked.
+        core_attention=per_layer * shape.seq_length * query_rows,
+        proj=per_layer * query_rows * shape.hidden_size,
+        mlp=per_layer * mlp_matrices * shape.hidden_size * channels,
+        head=2 * tokens * shape.hidden_size * shape.vocab_size,
+    )
+
+
+def training_flops(
+    shape: ModelShape,
+    *,
+    tokens: int,
+    heads_kept: int | None = None,
+    channels_kept: int | None = None,
+    recompute: Recompute | None = None,
+) -> int:
+    """Operations of forward and backward over `tokens` tokens: three times the forward pass.
+
+    Recomputation adds what runs once more: "full" the layers (four times their forward pass),
+    "selective" the core attention. Arguments otherwise, and errors, as for `forward_flops`.
+    """
+    forward = forward_flops(
+        shape, tokens=tokens, heads_kept=heads_kept, channels_kept=channels_kept
+    )
+    again = {None: 0, "selective": forward.core_attention, "full": forward.layers}
+    if recompute not in again:
+        raise ValueError(f"recompute is {recompute!r}; valid: None, 'selective', 'full'")
+    return 3 * forward.total + again[recompute]
+
+
+def flops_ratio(
+    shape: ModelShape,
+    *,
+    heads_kept: int | None = None,
+    channels_kept: int | None = None,
+    recompute: Recompute | None = None,
+) -> float:
+    """Operations of a dense training step over those of a sliced one: the most it can gain.
+
+    Raises:
+        ValueError: as `training_flops`.
+    """
+    dense = training_flops(shape, tokens=1, recompute=recompute)
+    sliced = training_flops(
+        shape,
+        tokens=1,
+        heads_kept=heads_kept,
+        channels_kept=channels_kept,
+        recompute=recompute,
+    )
+    return dense / sliced
+
+
+def effective_omission_rates(
+    shape: ModelShape, *, heads_kept: int | None = None, channels_kept: int | None = None
+) -> dict[str, float]:
+    """Shares of heads ("attention") and channels ("mlp") left out, as rounding made them.
+
+    Raises:
+        ValueError: as `forward_flops`.
+    """
+    heads = _kept("heads_kept", heads_kept, shape.num_attention_heads)
+    channels = _kept("channels_kept", channels_kept, shape.ffn_hidden_size)
+    return {
+        "attention": (shape.num_attention_heads - heads) / shape.num_attention_heads,
+        "mlp": (shape.ffn_hidden_size - channels) / shape.ffn_hidden_size,
+    }
+
+
+def _kept(name: str, kept: int | None, available: int) -> int:
+    if kept is None:
+        return available
+    if not 0 <= kept <= available:
+        raise ValueError(f"{name} is {kept}; valid: 0 to {available}")
+    return kept

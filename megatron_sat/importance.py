@@ -1,0 +1,131 @@
+"""How important a neuron is for the data at hand (section 2.2, equation 5).
+
+A neuron is a row of a linear layer's weight `[out, in]`. A metric takes three steps, so that ranks
+with different tokens combine vectors of length `in` and never activations:
+
+    statistic   inputs            -> sum `[in]` and token count; those of several ranks add up
+    finish      sum, count        -> what the score needs of the inputs, `[in]`
+    score       weight, finished  -> one number for each row, `[out]`
+
+Nothing here waits for the GPU, and sums are float32 or better.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from megatron_sat.config import METRICS, Metric
+from megatron_sat.ops.score import row_dot, row_norm
+
+__all__ = ["METRICS", "finish", "importance", "needs_statistic", "score", "statistic"]
+
+
+def _checked(metric: str) -> Metric:
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}; valid: {', '.join(METRICS)}")
+    return cast(Metric, metric)
+
+
+def needs_statistic(metric: str) -> bool:
+    """Whether scores depend on the inputs: if not, there is nothing to sum and to communicate.
+
+    Raises:
+        ValueError: for an unknown metric.
+    """
+    return _checked(metric) in ("wanda", "maxip")
+
+
+@torch.no_grad()
+def statistic(metric: str, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the metric sums over the tokens, and how many there are.
+
+    Args:
+        metric: "maxip" sums the inputs, "wanda" their squares; the others nothing.
+        inputs: activations `[..., in]`.
+        mask: bool `[...]`, true where a token counts; None if all do.
+
+    Returns:
+        The sum, `[in]` float32, and the count, float32 without dimensions: a tensor, so that one
+        all-reduce carries both.
+
+    Raises:
+        ValueError: for an unknown metric or a mask of another shape or dtype.
+    """
+    metric = _checked(metric)
+    tokens = inputs.shape[:-1]
+    if mask is None:
+        count = torch.full((), tokens.numel(), dtype=torch.float32, device=inputs.device)
+    else:
+        if mask.shape != tokens or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask is {mask.dtype} {list(mask.shape)}; valid: torch.bool {list(tokens)}, "
+                "the inputs' shape without the last dimension"
+            )
+        count = mask.sum(dtype=torch.float32)
+    if not needs_statistic(metric):
+        return torch.zeros(inputs.shape[-1], dtype=torch.float32, device=inputs.device), count
+    if mask is not None:
+        # Not a product: what stands in the padding may be infinite or NaN.
+        inputs = torch.where(mask[..., None], inputs, 0)
+    # The extra dimension lets a single token, without leading dimensions, be summed as well.
+    inputs = inputs[None]
+    dims = tuple(range(inputs.ndim - 1))
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    if metric == "maxip":
+        total = inputs.sum(dim=dims, dtype=dtype)
+    else:
+        # A norm squared: inputs.square() would round in bfloat16 and keep a copy.
+        total = torch.linalg.vector_norm(inputs, dim=dims, dtype=dtype).square()
+    return total.float(), count
+
+
+@torch.no_grad()
+def finish(metric: str, sum: Tensor, count: Tensor) -> Tensor:
+    """What the score needs of the inputs, `[in]` float32, from the added-up `statistic`.
+
+    "maxip": the mean input. "wanda": the root mean square of each feature, which is equation 5's
+    norm over the square root of the count, so that the temperature of the selection does not depend
+    on the batch size. Zeros for a count of 0, and for the metrics that ignore the inputs.
+
+    Raises:
+        ValueError: for an unknown metric.
+    """
+    metric = _checked(metric)
+    if metric == "maxip":
+        return sum / count.clamp(min=1)
+    if metric == "wanda":
+        return (sum / count.clamp(min=1)).sqrt()
+    return sum
+
+
+@torch.no_grad()
+def score(metric: str, weight: Tensor, finished: Tensor) -> Tensor:
+    """Importance of each row of a weight, `[out]` float32 (equation 5).
+
+    "uniform": 1. "magnitude": the row's Euclidean norm. "wanda" and "maxip": the signed dot product
+    of the row with what `finish` gave.
+
+    Args:
+        metric: the metric.
+        weight: `[out, in]`.
+        finished: `[in]` float32.
+
+    Raises:
+        ValueError: for an unknown metric.
+    """
+    metric = _checked(metric)
+    if metric == "uniform":
+        return torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
+    if metric == "magnitude":
+        return row_norm(weight)
+    return row_dot(weight, finished)
+
+
+def importance(metric: str, weight: Tensor, inputs: Tensor) -> Tensor:
+    """Importance of each row of `weight` `[out, in]` for `inputs` `[tokens, in]`: `[out]` float32.
+
+    Raises:
+        ValueError: for an unknown metric.
+    """
+    return score(metric, weight, finish(metric, *statistic(metric, inputs)))
