@@ -1,0 +1,239 @@
+"""The process that forks ranks, and what a rank does.
+
+Importing torch, DeepSpeed and Megatron-core takes most of ten seconds; forking a process that has
+them takes milliseconds. `megatron_sat.testing.ranks` starts this server once and asks it for ranks.
+
+A fork copies memory but only one thread, so the server must never start a thread, compute anything
+or touch a GPU: it runs with one OpenMP thread, and its replies are short JSON packets on a socket.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import importlib.util
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel  # noqa: F401  (imported here once, for all ranks)
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_sat.cpu import enable_cpu_path
+
+SEED = 1234
+MAX_PACKET = 1 << 16
+# Process groups that a case made outlive it, with their threads, until all groups are made anew.
+CASES_PER_LAYOUT = 20
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(control_fd: int, device: str) -> None:
+    """Answer requests until the other end of the socket is closed.
+
+    Args:
+        control_fd: a ``SOCK_SEQPACKET`` socket. Requests: ``{"fork": world_size, "directory": path,
+            "port": int}`` with one connection's file descriptor per rank, answered with
+            ``{"pids": [...]}``; ``{"kill": pids}``, answered with ``{"statuses": [...]}`` as
+            `os.waitpid` gives them.
+        device: "cuda" or "cpu".
+    """
+    if device == "cpu":
+        # DeepSpeed would compile its shared-memory all-reduce, half a minute, for inference only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gc.collect()
+    gc.freeze()  # else every collection in a rank walks, and so copies, all that was imported
+    control = socket.socket(fileno=control_fd)
+    while True:
+        packet, fds, _, _ = socket.recv_fds(control, MAX_PACKET, 1024)
+        if not packet:
+            return
+        request = json.loads(packet)
+        if "fork" in request:
+            pids = []
+            for rank, fd in enumerate(fds):
+                pid = os.fork()
+                if pid == 0:
+                    control.close()
+                    for other in fds:
+                        if other != fd:
+                            os.close(other)
+                    _rank_main(fd, rank, request["fork"], device, request)
+                pids.append(pid)
+            for fd in fds:
+                os.close(fd)
+            reply: dict[str, Any] = {"pids": pids}
+        else:
+            for pid in request["kill"]:
+                os.kill(pid, signal.SIGKILL)
+            reply = {"statuses": [os.waitpid(pid, 0)[1] for pid in request["kill"]]}
+        control.send(json.dumps(reply).encode())
+
+
+def _rank_main(fd: int, rank: int, world_size: int, device: str, request: dict[str, Any]) -> None:
+    """A rank's whole life: answer cases until the connection closes. Never returns."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        log_fd = os.open(f"{request['directory']}/rank{rank}.log", os.O_CREAT | os.O_WRONLY)
+        for standard in (1, 2):
+            os.dup2(log_fd, standard)
+        for stream in (sys.stdout, sys.stderr):
+            assert isinstance(stream, io.TextIOWrapper)
+            stream.reconfigure(line_buffering=True)
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(request["port"]),
+        )
+        connection = Connection(fd)
+        layout = _Layout(rank, world_size, device, request["directory"])
+        with contextlib.suppress(EOFError):
+            while True:
+                case = connection.recv()
+                os.ftruncate(log_fd, 0)
+                os.lseek(log_fd, 0, os.SEEK_SET)
+                connection.send_bytes(_answer(layout, case))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Neither exit handlers nor destructors: they are the server's, or wait for other ranks.
+        os._exit(0)
+
+
+def _answer(layout: "_Layout", case: dict[str, Any]) -> bytes:
+    """Run one case; the pickled ``("result", value)`` or ``("error", traceback)``."""
+    environment, folder = dict(os.environ), os.getcwd()
+    try:
+        layout.prepare(case["number"], case["tensor_parallel"])
+        function = _resolve(case["module"], case["path"], case["qualname"])
+        args, kwargs = pickle.loads(case["arguments"])
+        return _dumps(("result", function(*args, **kwargs)))
+    except BaseException:
+        return _dumps(("error", traceback.format_exc()))
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+
+
+class _Layout:
+    """torch.distributed, DeepSpeed's communication and Megatron's groups, as a case needs them."""
+
+    def __init__(self, rank: int, world_size: int, device: str, directory: str) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._device = device
+        self._directory = directory
+        self._tensor_parallel = 0
+        self._cases = 0
+        self._groups: tuple[object, object] = (None, None)
+
+    def prepare(self, number: int, tensor_parallel: int) -> None:
+        """Make the state of a fresh process, reusing the groups if nobody changed them."""
+        # Engines hold process groups and parameters in reference cycles.
+        gc.collect()
+        if (
+            tensor_parallel != self._tensor_parallel
+            or self._cases == CASES_PER_LAYOUT
+            or self._current_groups() != self._groups
+        ):
+            self._initialize(number, tensor_parallel)
+        self._cases += 1
+        deepspeed_groups.mpu = None  # an engine without one would inherit the last engine's
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        torch.use_deterministic_algorithms(False)
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        if self._device == "cuda":
+            model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
+        else:
+            enable_cpu_path()
+
+    def _initialize(self, number: int, tensor_parallel: int) -> None:
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        backend = "nccl" if self._device == "cuda" else "gloo"
+        if self._device == "cuda":
+            torch.cuda.set_device(self._rank)
+        dist.init_process_group(
+            backend,
+            store=dist.FileStore(f"{self._directory}/store{number}", self._world_size),
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+        self._tensor_parallel = tensor_parallel
+        self._cases = 0
+        self._groups = self._current_groups()
+
+    def _current_groups(self) -> tuple[object, object]:
+        """A case may end or replace these, as a trainer that initialises everything does."""
+        world = dist.group.WORLD if dist.is_initialized() else None
+        return world, parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+
+
+def _resolve(name: str, path: str | None, qualname: str) -> Callable[..., Any]:
+    """The function ``qualname`` of a module, given by name alone or by its file."""
+    module = sys.modules.get(name)
+    if module is None:
+        module = importlib.import_module(name) if path is None else _load(name, path)
+    found: Any = module
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _load(name: str, path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # under its own name: what it pickles must be found again
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors go by value, on the CPU and without their graph: no shared memory, no devices."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor):
+            plain = obj.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return plain.as_subclass(torch.Tensor).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
+
+def _dumps(value: object) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
