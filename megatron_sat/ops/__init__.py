@@ -3,6 +3,7 @@
 Nothing here knows of Megatron, DeepSpeed or process groups.
 """
 
+from megatron_sat.ops.attention import causal_attention
 from megatron_sat.ops.linear import column_sliced_linear, row_sliced_linear
 
-__all__ = ["column_sliced_linear", "row_sliced_linear"]
+__all__ = ["causal_attention", "column_sliced_linear", "row_sliced_linear"]

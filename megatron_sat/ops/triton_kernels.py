@@ -1,0 +1,326 @@
+"""Triton forms of the gathers, scatters and row reductions. Imported only through `backend`.
+
+Legend: `kept` = k entries of the index, `units` in a block, `unit` rows (or columns) in a unit;
+`columns` is a matrix's length of a row. All matrices are row-major. Offsets into a matrix are
+int64: the gate and up projections of a large model exceed 2^31 elements.
+
+A scatter writes its whole result in one pass: for each destination it looks the unit up in the
+ascending index by bisection (a dozen cached loads for a whole tile) and writes the value or a
+zero. Zero-filling first would write the kept part twice. Each result element is written by one
+program and each row is reduced by one program in a fixed order, so all of it is deterministic.
+"""
+
+# Kernel arguments are Triton's pointers and scalars, which have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements in a tile; measured on an H100, flat around these.
+_TILE = 4096
+_WIDEST = 1024
+
+
+@triton.jit
+def _find(index, kept, half, wanted, live):
+    """For `wanted`, a tile of units: the rank of each in `index`, and whether it is there.
+
+    `half` is the largest power of two <= kept (0 where kept is 0), as a run-time value: Triton
+    would make a 1 a constant, which a loop cannot carry.
+    """
+    rank = wanted * 0
+    step = half
+    while step > 0:
+        probe = rank + step
+        inside = live & (probe <= kept)
+        below = tl.load(index + probe - 1, mask=inside, other=0) < wanted
+        rank = tl.where(inside & below, probe, rank)
+        step = step // 2
+    candidate = live & (rank < kept)
+    found = candidate & (tl.load(index + rank, mask=candidate, other=-1) == wanted)
+    return rank, found
+
+
+@triton.jit
+def _gather_rows_kernel(
+    out,
+    weight,
+    index,
+    out_rows,
+    columns,
+    kept,
+    units,
+    unit,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    live_row = row < out_rows
+    section = row // (kept * unit)
+    position = (row // unit) % kept
+    source_unit = tl.load(index + position, mask=live_row, other=0).to(tl.int64)
+    source = (section * units + source_unit) * unit + row % unit
+    live = live_row[:, None] & (column < columns)[None, :]
+    values = tl.load(weight + source[:, None] * columns + column[None, :], mask=live)
+    target = row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(out + target, values, mask=live)
+
+
+@triton.jit(do_not_specialize=["half"])
+def _scatter_rows_kernel(
+    out,
+    values,
+    index,
+    rows,
+    columns,
+    kept,
+    half,
+    units,
+    unit,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    live_row = row < rows
+    section = row // (units * unit)
+    rank, found = _find(index, kept, half, (row // unit) % units, live_row)
+    source = (section * kept + rank).to(tl.int64) * unit + row % unit
+    live_column = (column < columns)[None, :]
+    source = source[:, None] * columns + column[None, :]
+    tile = tl.load(values + source, mask=found[:, None] & live_column, other=0.0)
+    target = row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(out + target, tile, mask=live_row[:, None] & live_column)
+
+
+@triton.jit
+def _gather_columns_kernel(
+    out,
+    weight,
+    index,
+    rows,
+    columns,
+    out_columns,
+    unit,
+    row_tiles,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    live_column = column < out_columns
+    source_unit = tl.load(index + column // unit, mask=live_column, other=0)
+    source = source_unit * unit + column % unit
+    for tile_number in range(row_tiles):
+        tile_row = tl.program_id(0) * row_tiles + tile_number
+        row = tile_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        live = (row < rows)[:, None] & live_column[None, :]
+        row_start = row.to(tl.int64)[:, None]
+        tile = tl.load(weight + row_start * columns + source[None, :], mask=live)
+        tl.store(out + row_start * out_columns + column[None, :], tile, mask=live)
+
+
+@triton.jit(do_not_specialize=["half"])
+def _scatter_columns_kernel(
+    out,
+    values,
+    index,
+    rows,
+    columns,
+    kept,
+    half,
+    unit,
+    row_tiles,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    live_column = column < columns
+    rank, found = _find(index, kept, half, column // unit, live_column)
+    source = rank * unit + column % unit
+    for tile_number in range(row_tiles):
+        tile_row = tl.program_id(0) * row_tiles + tile_number
+        row = tile_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        live_row = (row < rows)[:, None]
+        row_start = row.to(tl.int64)[:, None]
+        value = values + row_start * (kept * unit) + source[None, :]
+        tile = tl.load(value, mask=live_row & found[None, :], other=0.0)
+        target = out + row_start * columns + column[None, :]
+        tl.store(target, tile, mask=live_row & live_column[None, :])
+
+
+@triton.jit
+def _row_reduce_kernel(
+    out,
+    weight,
+    vector,
+    rows,
+    columns,
+    NORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live_row = row < rows
+    row_start = weight + row.to(tl.int64)[:, None] * columns
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        live_column = column < columns
+        live = live_row[:, None] & live_column[None, :]
+        tile = tl.load(row_start + column[None, :], mask=live, other=0.0).to(tl.float32)
+        if NORM:
+            total += tile * tile
+        else:
+            factor = tl.load(vector + column, mask=live_column, other=0.0).to(tl.float32)
+            total += tile * factor[None, :]
+    reduced = tl.sum(total, axis=1)
+    if NORM:
+        reduced = tl.sqrt(reduced)
+    tl.store(out + row, reduced, mask=live_row)
+
+
+def gather_rows(weight: Tensor, index: Tensor, *, unit: int, sections: int) -> Tensor:
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    kept = index.numel()
+    out = weight.new_empty(sections * kept * unit, columns)
+    if out.numel():
+        block_rows, block_columns = _tile(columns, widest=_WIDEST)
+        grid = (triton.cdiv(out.shape[0], block_rows), triton.cdiv(columns, block_columns))
+        with torch.cuda.device_of(weight):
+            _gather_rows_kernel[grid](
+                out,
+                weight,
+                index,
+                out.shape[0],
+                columns,
+                kept,
+                rows // (sections * unit),
+                unit,
+                BLOCK_ROWS=block_rows,
+                BLOCK_COLUMNS=block_columns,
+            )
+    return out
+
+
+def scatter_rows(values: Tensor, index: Tensor, *, rows: int, unit: int, sections: int) -> Tensor:
+    values = values.contiguous()
+    columns, kept = values.shape[1], index.numel()
+    out = values.new_empty(rows, columns)
+    if out.numel():
+        block_rows, block_columns = _tile(columns, widest=_WIDEST)
+        grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
+        with torch.cuda.device_of(values):
+            _scatter_rows_kernel[grid](
+                out,
+                values,
+                index,
+                rows,
+                columns,
+                kept,
+                _half(kept),
+                rows // (sections * unit),
+                unit,
+                BLOCK_ROWS=block_rows,
+                BLOCK_COLUMNS=block_columns,
+            )
+    return out
+
+
+def gather_columns(weight: Tensor, index: Tensor, *, unit: int) -> Tensor:
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    out = weight.new_empty(rows, index.numel() * unit)
+    if out.numel():
+        grid, row_tiles, block_rows, block_columns = _column_tiles(rows, out.shape[1])
+        with torch.cuda.device_of(weight):
+            _gather_columns_kernel[grid](
+                out,
+                weight,
+                index,
+                rows,
+                columns,
+                out.shape[1],
+                unit,
+                row_tiles,
+                BLOCK_ROWS=block_rows,
+                BLOCK_COLUMNS=block_columns,
+            )
+    return out
+
+
+def scatter_columns(values: Tensor, index: Tensor, *, columns: int, unit: int) -> Tensor:
+    values = values.contiguous()
+    rows, kept = values.shape[0], index.numel()
+    out = values.new_empty(rows, columns)
+    if out.numel():
+        grid, row_tiles, block_rows, block_columns = _column_tiles(rows, columns)
+        with torch.cuda.device_of(values):
+            _scatter_columns_kernel[grid](
+                out,
+                values,
+                index,
+                rows,
+                columns,
+                kept,
+                _half(kept),
+                unit,
+                row_tiles,
+                BLOCK_ROWS=block_rows,
+                BLOCK_COLUMNS=block_columns,
+            )
+    return out
+
+
+def row_dot(weight: Tensor, vector: Tensor) -> Tensor:
+    return _row_reduce(weight, vector.contiguous(), norm=False)
+
+
+def row_norm(weight: Tensor) -> Tensor:
+    return _row_reduce(weight, weight, norm=True)
+
+
+def _row_reduce(weight: Tensor, vector: Tensor, *, norm: bool) -> Tensor:
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    out = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    if rows:
+        block_rows, block_columns = 4, min(512, triton.next_power_of_2(max(1, columns)))
+        with torch.cuda.device_of(weight):
+            _row_reduce_kernel[(triton.cdiv(rows, block_rows),)](
+                out,
+                weight,
+                vector,
+                rows,
+                columns,
+                NORM=norm,
+                BLOCK_ROWS=block_rows,
+                BLOCK_COLUMNS=block_columns,
+            )
+    return out
+
+
+def _tile(columns: int, *, widest: int) -> tuple[int, int]:
+    """Rows and columns of a tile of about `_TILE` elements over rows of length `columns`."""
+    block_columns = min(widest, triton.next_power_of_2(columns))
+    return max(1, min(_TILE // block_columns, 64)), block_columns
+
+
+def _column_tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, int, int]:
+    """Grid, tiles of rows for each program, and tile shape.
+
+    A program keeps its columns and walks down several tiles of rows, so that it looks its
+    columns up once; never so many that the grid leaves processors idle.
+    """
+    block_rows, block_columns = _tile(columns, widest=256)
+    tiles, across = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)
+    row_tiles = max(1, min(8, tiles * across // 1024))
+    return (triton.cdiv(tiles, row_tiles), across), row_tiles, block_rows, block_columns
+
+
+def _half(kept: int) -> int:
+    """The largest power of two that is at most `kept`; 0 for 0."""
+    return 1 << (kept.bit_length() - 1) if kept else 0
