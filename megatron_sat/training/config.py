@@ -149,8 +149,9 @@ class DataConfig:
     train_data_path: tuple[str, ...] = ()
     """Blend for training alone."""
     valid_data: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Blend of each named validation set, in the order given. `--valid-data-path` is the set
-    "valid". Empty with `data_path`: the set "valid" is the validation share of `split`."""
+    """Blend of each validation set that has data of its own, by name, in the order given
+    (`--valid-data-path` is named "valid"). The validation share of `split`, where it is above 0,
+    is one more set, named "valid"."""
     data_cache_path: str | None = None
     """Folder for the index caches (default: beside the data)."""
     num_workers: int = 2
@@ -189,7 +190,7 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is reported, and where."""
 
-    log_interval: int = 10
+    log_interval: int = 100
     """Iterations between reports."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard (default: `<save>/tensorboard`; None without `save`)."""
@@ -287,7 +288,7 @@ def _build(kind: Any, values: Any) -> Any:
     """Make a value of the annotated type `kind` from its plain form."""
     if kind is SATConfig:
         return SATConfig.from_dict(values)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(values) - set(hints))
         if unknown:

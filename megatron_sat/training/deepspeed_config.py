@@ -1,0 +1,249 @@
+"""The DeepSpeed configuration of a run: command-line flags and a user's JSON file, as one.
+
+Flags and JSON may each give a value; where both do they must agree. A field of the JSON that is
+absent or "auto" is filled: from the flag, or from the other fields, or with a default of ours.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sat.training.config import ModelConfig, TrainingConfig
+
+# Sections whose work is done here by flags. DeepSpeed would act on some and ignore others.
+OWNED_SECTIONS = {
+    "optimizer": "--lr, --weight-decay, --adam-beta1, --adam-beta2 and --adam-eps",
+    "scheduler": "--lr-decay-style, --lr-warmup-iters and their like",
+    "activation_checkpointing": "--recompute-granularity and its like",
+    "tensor_parallel": "--tensor-model-parallel-size",
+    "amp": "--bf16",
+    "torch_autocast": "--bf16",
+}
+NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
+LARGEST_BUCKET = 200_000_000
+SMALLEST_BUCKET = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """Sequences per forward pass and rank, and per step over all ranks."""
+
+    micro_batch_size: int
+    global_batch_size: int
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The user's JSON at `path`.
+
+    Raises:
+        ValueError: the file cannot be read, is no JSON object, or has a section that flags own.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            user = json.load(file)
+    except OSError as error:
+        raise ValueError(f"--deepspeed_config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"--deepspeed_config {path} is not valid JSON: {error}") from error
+    if not isinstance(user, dict):
+        raise ValueError(f"--deepspeed_config {path} must hold a JSON object")
+    for section, flags in OWNED_SECTIONS.items():
+        if section in user and user[section] != {"enabled": False}:
+            raise ValueError(
+                f'--deepspeed_config {path}: the section "{section}" is not used here; '
+                f"remove it and use {flags}"
+            )
+    if json_value(user, "fp16.enabled"):
+        raise ValueError(
+            f'--deepspeed_config {path}: "fp16.enabled" is true; fp16 is not supported, '
+            "valid are --bf16 and float32 (without it)"
+        )
+    return user
+
+
+def json_value(user: Mapping[str, Any], field: str) -> Any:
+    """The value at the dotted path `field`; None where it is absent or "auto"."""
+    value: Any = user
+    for key in field.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return None if value == "auto" else value
+
+
+def settle(flag: str, given: Any, user: Mapping[str, Any], field: str, default: Any) -> Any:
+    """The value that a flag (`given`, None where absent) and a JSON field agree on.
+
+    Raises:
+        ValueError: both are there and differ; names both with their values.
+    """
+    written = json_value(user, field)
+    if given is not None and written is not None and given != written:
+        raise ValueError(
+            f'{flag} is {given} but "{field}" in --deepspeed_config is {written}; '
+            'remove one, or write "auto" in the JSON'
+        )
+    if given is not None:
+        return given
+    return default if written is None else written
+
+
+def settle_batch_sizes(
+    micro_batch_size: int | None,
+    global_batch_size: int | None,
+    user: Mapping[str, Any],
+    *,
+    data_parallel_size: int,
+) -> BatchSizes:
+    """Batch sizes from the flags (None where absent) and the JSON's three fields.
+
+    Without a global batch size there is one micro-batch on each data-parallel rank, or as many as
+    `gradient_accumulation_steps` says.
+
+    Raises:
+        ValueError: a size is missing, not positive, contradicted, or does not divide.
+    """
+    flag, field = "--micro-batch-size", "train_micro_batch_size_per_gpu"
+    micro = settle(flag, micro_batch_size, user, field, None)
+    total = settle("--global-batch-size", global_batch_size, user, "train_batch_size", None)
+    steps = json_value(user, "gradient_accumulation_steps")
+    if micro is None and total is not None and steps is not None:
+        micro, rest = divmod(total, steps * data_parallel_size)
+        if rest:
+            raise ValueError(
+                f'"train_batch_size" {total} is not a multiple of "gradient_accumulation_steps" '
+                f"{steps} x {data_parallel_size} data-parallel ranks"
+            )
+    if micro is None:
+        raise ValueError("--micro-batch-size is required: sequences of one forward pass on a rank")
+    if total is None:
+        total = micro * data_parallel_size * (1 if steps is None else steps)
+    for name, value in ((flag, micro), ("--global-batch-size", total)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value}; valid: an integer of at least 1")
+    if total % (micro * data_parallel_size):
+        raise ValueError(
+            f"--global-batch-size {total} is not a multiple of --micro-batch-size {micro} x "
+            f"{data_parallel_size} data-parallel ranks"
+        )
+    accumulation = total // (micro * data_parallel_size)
+    if steps is not None and steps != accumulation:
+        raise ValueError(
+            f"--global-batch-size {total} with --micro-batch-size {micro} on {data_parallel_size} "
+            f"data-parallel ranks makes {accumulation} micro-batches a step, but "
+            f'"gradient_accumulation_steps" in --deepspeed_config is {steps}'
+        )
+    return BatchSizes(micro_batch_size=micro, global_batch_size=total)
+
+
+def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[str, Any]:
+    """The complete configuration for `deepspeed.initialize`: the user's JSON, filled.
+
+    Non-finite gradients skip the step at every stage and precision except stage 0 in float32,
+    where DeepSpeed has no check. In bf16, stages 1 to 3 accumulate gradients in float32; at stage
+    0 DeepSpeed accumulates in bf16 only.
+
+    Raises:
+        ValueError: a field is contradicted by `config`, is "auto" without a value to take, or is
+            one that DeepSpeed does not know.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    result = copy.deepcopy(config.deepspeed_config)
+    if "bfloat16" in result:
+        result["bf16"] = result.pop("bfloat16")
+    stage = config.parallel.zero_stage
+    ours = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps(world_size),
+        "train_batch_size": config.global_batch_size,
+        "gradient_clipping": config.optimizer.clip_grad,
+        "bf16.enabled": config.bf16,
+        "zero_optimization.stage": stage,
+    }
+    flags = {
+        "train_micro_batch_size_per_gpu": "--micro-batch-size",
+        "train_batch_size": "--global-batch-size",
+        "gradient_clipping": "--clip-grad",
+        "bf16.enabled": "--bf16",
+        "zero_optimization.stage": "--zero-stage",
+    }
+    for field, value in ours.items():
+        settle(flags.get(field, "--global-batch-size"), value, result, field, None)
+        _put(result, field, value, overwrite=True)
+    for field, value in _defaults(config).items():
+        _put(result, field, value, overwrite=False)
+    _refuse_auto(result, "")
+    try:
+        DeepSpeedZeroConfig(**result["zero_optimization"])
+    except ValueError as error:
+        raise ValueError(f'"zero_optimization" in --deepspeed_config: {error}') from error
+    return result
+
+
+def offloads_optimizer(deepspeed_config: Mapping[str, Any]) -> bool:
+    """Whether optimizer states live in CPU memory or on NVMe."""
+    device = json_value(deepspeed_config, "zero_optimization.offload_optimizer.device")
+    return device in ("cpu", "nvme")
+
+
+def _defaults(config: TrainingConfig) -> dict[str, Any]:
+    """What the user's JSON may say otherwise."""
+    stage = config.parallel.zero_stage
+    defaults: dict[str, Any] = {
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+    }
+    if config.bf16:
+        # Without it a NaN in one micro-batch would reach the weights at stages 1 and 2.
+        defaults["bf16.check_grad_overflow"] = True
+        if stage > 0:
+            defaults["data_types.grad_accum_dtype"] = "fp32"
+    if stage > 0:
+        bucket = _bucket_elements(config.model, config.parallel.tensor_model_parallel_size)
+        defaults |= {
+            "zero_optimization.overlap_comm": True,
+            "zero_optimization.contiguous_gradients": True,
+            "zero_optimization.reduce_bucket_size": bucket,
+            "zero_optimization.allgather_bucket_size": bucket,
+        }
+    if stage == 3:
+        defaults |= {
+            "zero_optimization.stage3_prefetch_bucket_size": bucket,
+            # Norms and biases stay whole on every rank; no matrix of a real model does.
+            "zero_optimization.stage3_param_persistence_threshold": 10 * config.model.hidden_size,
+            # It would replace torch.nn.functional.linear for the whole process.
+            "zero_optimization.memory_efficient_linear": False,
+        }
+    return defaults
+
+
+def _bucket_elements(model: ModelConfig, tensor_parallel: int) -> int:
+    """Elements of one communication: about one layer's parameters on one rank, so that a bucket
+    is neither a fraction of a matrix nor, for the largest models, a burden on memory."""
+    attention = model.num_attention_heads + model.num_query_groups
+    mlp = (3 if model.swiglu else 2) * model.ffn_hidden_size
+    layer = model.hidden_size * (2 * attention * model.kv_channels + mlp) // tensor_parallel
+    return min(max(layer, SMALLEST_BUCKET), LARGEST_BUCKET)
+
+
+def _put(result: dict[str, Any], field: str, value: Any, *, overwrite: bool) -> None:
+    *sections, name = field.split(".")
+    target = result
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ValueError(f'"{section}" in --deepspeed_config must be a JSON object')
+    if overwrite or target.get(name, "auto") == "auto":
+        target[name] = value
+
+
+def _refuse_auto(value: Any, path: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_auto(item, f"{path}.{key}" if path else key)
+    elif value == "auto":
+        raise ValueError(f'"{path}" in --deepspeed_config is "auto", which is not filled here')
