@@ -33,7 +33,7 @@ _SERVER_COMMAND = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from megatron_sat.testing.server import serve
-serve(int(sys.argv[2]), sys.argv[3])
+serve(int(sys.argv[2]), device=sys.argv[3], folder=sys.argv[4])
 """
 
 
@@ -113,7 +113,7 @@ def _describe(fn: Callable[..., Any]) -> dict[str, Any]:
     # Test folders have no __init__.py; pytest gives their modules dotted names all the same.
     package = sys.modules.get(name.partition(".")[0])
     in_package = "." in name and getattr(package, "__file__", None) is not None
-    path = None if in_package else sys.modules[name].__file__
+    path = None if in_package else getattr(sys.modules[name], "__file__", None)
     return {"module": name, "path": path, "qualname": qualname}
 
 
@@ -130,10 +130,10 @@ class _Server:
         environment.update(OMP_NUM_THREADS="1", PYTORCH_NVML_BASED_CUDA_CHECK="1")
         if device == "cpu":
             environment.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+        arguments = [json.dumps(sys.path), str(theirs.fileno()), device, self._folder.name]
         with theirs, open(self.directory / "server.log", "w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _SERVER_COMMAND]
-                + [json.dumps(sys.path), str(theirs.fileno()), device],
+                [sys.executable, "-c", _SERVER_COMMAND, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -187,7 +187,7 @@ class _RankSet:
         case["number"] = next(self._numbers)
         answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
-        waiting = dict(zip(self._connections, itertools.count()))
+        waiting: dict[Any, int] = dict(zip(self._connections, itertools.count()))
         for connection, rank in list(waiting.items()):
             try:
                 connection.send(case)
@@ -197,11 +197,10 @@ class _RankSet:
         while waiting:
             if failures:
                 deadline = min(deadline, time.monotonic() + _GRACE_AFTER_ERROR)
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            ready: list[Any] = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
             for connection in ready:
-                assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
                 try:
                     kind, value = pickle.loads(connection.recv_bytes())

@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -47,7 +48,7 @@ CASES_PER_LAYOUT = 20
 _PR_SET_PDEATHSIG = 1
 
 
-def serve(control_fd: int, device: str) -> None:
+def serve(control_fd: int, *, device: str, folder: str) -> None:
     """Answer requests until the other end of the socket is closed.
 
     Args:
@@ -56,6 +57,7 @@ def serve(control_fd: int, device: str) -> None:
             ``{"pids": [...]}``; ``{"kill": pids}``, answered with ``{"statuses": [...]}`` as
             `os.waitpid` gives them.
         device: "cuda" or "cpu".
+        folder: removed at the end, since a caller that is killed cannot.
     """
     if device == "cpu":
         # DeepSpeed would compile its shared-memory all-reduce, half a minute, for inference only.
@@ -66,6 +68,7 @@ def serve(control_fd: int, device: str) -> None:
     while True:
         packet, fds, _, _ = socket.recv_fds(control, MAX_PACKET, 1024)
         if not packet:
+            shutil.rmtree(folder, ignore_errors=True)
             return
         request = json.loads(packet)
         if "fork" in request:

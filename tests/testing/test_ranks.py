@@ -1,24 +1,253 @@
-"""Several ranks as tests use them: results, failures, hangs, and what is left behind."""
+"""Several ranks as tests use them: results, failures, hangs, and what a case leaves behind."""
 
+import itertools
 import os
+import random
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
+import deepspeed
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-from megatron_sat.testing import RankError, run_on_ranks
+import megatron_sat
+from megatron_sat.testing import RankError, run_on_ranks, tiny_config, tiny_gpt
 
 
-def _sum_of_ranks(scale: int, *, offset: int = 0) -> tuple[int, int, torch.Tensor]:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor([float(dist.get_rank() * scale + offset)], device=device)
+@dataclass
+class Scaled:
+    """Pickled to the ranks and back: its class lives in this file only."""
+
+    value: float
+    tensor: torch.Tensor | None = None
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def sum_of_ranks(scaled: Scaled, *, offset: float = 0.0) -> Scaled:
+    whole = torch.full((1000, 1000), dist.get_rank() * scaled.value + offset, device=device())
+    part = whole[:1, :2].requires_grad_()
+    total = part * 1.0
     dist.all_reduce(total)
-    return dist.get_rank(), os.getpid(), total
+    return Scaled(dist.get_rank(), total)
 
 
-def test_results_come_back_by_rank() -> None:
-    results = run_on_ranks(_sum_of_ranks, 2, 10, offset=1)
-    assert [rank for rank, _, _ in results] == [0, 1]
-    assert all(total.equal(torch.tensor([12.0])) for _, _, total in results)
+def test_results_come_back_by_rank_as_plain_cpu_tensors() -> None:
+    results = run_on_ranks(sum_of_ranks, 2, Scaled(10.0), offset=1.0)
+    assert [result.value for result in results] == [0, 1]
+    for result in results:
+        assert isinstance(result, Scaled)
+        assert result.tensor is not None and result.tensor.equal(torch.tensor([[12.0, 12.0]]))
+        assert result.tensor.device.type == "cpu" and not result.tensor.requires_grad
+
+
+def layout() -> tuple[int, ...]:
+    assert [int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == [
+        dist.get_rank(),
+        dist.get_rank(),
+        dist.get_world_size(),
+    ]
+    return (
+        os.getpid(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+
+
+def test_one_set_of_ranks_serves_all_tensor_parallel_sizes() -> None:
+    seen = {tp: run_on_ranks(layout, 2, tensor_parallel=tp) for tp in (1, 2, 1)}
+    assert [rank[1:] for rank in seen[1]] == [(1, 0, 0), (1, 0, 1)]
+    assert [rank[1:] for rank in seen[2]] == [(2, 0, 0), (2, 1, 0)]
+    assert [rank[0] for rank in seen[1]] == [rank[0] for rank in seen[2]]
+
+
+def test_a_world_of_one() -> None:
+    assert [rank[1:] for rank in run_on_ranks(layout, 1)] == [(1, 0, 0)]
+
+
+def draw_and_disturb() -> tuple[float, float, float, str, bool, torch.dtype, str]:
+    state = (
+        random.random(),
+        float(np.random.rand()),
+        float(torch.rand(())),
+        os.environ.get("LEFT_BEHIND", ""),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+        os.getcwd(),
+    )
+    os.environ["LEFT_BEHIND"] = "yes"
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(torch.float64)
+    os.chdir("/")
+    return state
+
+
+def test_a_case_finds_nothing_of_the_case_before() -> None:
+    first, second = run_on_ranks(draw_and_disturb, 2), run_on_ranks(draw_and_disturb, 2)
+    assert first == second
+    assert first[0][3:] == ("", False, torch.float32, os.getcwd())
+
+
+def threads_of_the_server() -> int:
+    return len(os.listdir(f"/proc/{os.getppid()}/task"))
+
+
+def test_the_server_has_one_thread_so_that_forks_lose_none() -> None:
+    assert run_on_ranks(threads_of_the_server, 1) == [1]
+
+
+def end_all_groups() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def test_a_case_may_end_the_process_groups() -> None:
+    before = run_on_ranks(layout, 2, tensor_parallel=2)
+    run_on_ranks(end_all_groups, 2, tensor_parallel=2)
+    assert run_on_ranks(layout, 2, tensor_parallel=2) == before
+
+
+def fail_on_rank_one() -> None:
+    print("seen before the failure")
+    if dist.get_rank() == 1:
+        raise LookupError("no such thing")
+    dist.barrier()
+
+
+def test_a_failure_is_raised_with_the_traceback_while_others_wait() -> None:
+    before = run_on_ranks(layout, 2)
+    start = time.monotonic()
+    with pytest.raises(RankError, match="LookupError: no such thing") as raised:
+        run_on_ranks(fail_on_rank_one, 2, timeout=60)
+    assert time.monotonic() - start < 20
+    assert raised.value.rank == 1
+    assert "in fail_on_rank_one" in raised.value.details
+    assert "seen before the failure" in str(raised.value)
+    after = run_on_ranks(layout, 2)
+    assert not {rank[0] for rank in before} & {rank[0] for rank in after}
+
+
+def hang_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(600)
+
+
+def test_a_hang_names_the_rank_and_where_it_is() -> None:
+    before = run_on_ranks(layout, 2)
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2 did not answer in 1 s") as raised:
+        run_on_ranks(hang_on_rank_one, 2, timeout=1)
+    assert "in hang_on_rank_one" in str(raised.value)
+    assert not any(alive(rank[0]) for rank in before)
+    assert [rank[1:] for rank in run_on_ranks(layout, 2)] == [(1, 0, 0), (1, 0, 1)]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dying_rank_is_a_failure() -> None:
+    with pytest.raises(RankError, match="its process died"):
+        run_on_ranks(die, 1, timeout=60)
+
+
+def test_what_cannot_run_is_refused_before_it_starts() -> None:
+    def local() -> None: ...
+
+    with pytest.raises(ValueError, match="top level of a module"):
+        run_on_ranks(local, 2)
+    with pytest.raises(ValueError, match=r"tensor_parallel=2 must .* divide world_size=3"):
+        run_on_ranks(layout, 3, tensor_parallel=2)
+
+
+def losses_under_deepspeed(zero_stage: int) -> list[float]:
+    """Four steps of a tiny Llama on one batch, which all data-parallel ranks share."""
+    model = tiny_gpt(tiny_config(), get_gpt_layer_local_spec(normalization="RMSNorm"))
+    mpu = SimpleNamespace(
+        get_model_parallel_rank=parallel_state.get_tensor_model_parallel_rank,
+        get_model_parallel_world_size=parallel_state.get_tensor_model_parallel_world_size,
+        get_model_parallel_group=parallel_state.get_tensor_model_parallel_group,
+        get_data_parallel_rank=parallel_state.get_data_parallel_rank,
+        get_data_parallel_world_size=parallel_state.get_data_parallel_world_size,
+        get_data_parallel_group=parallel_state.get_data_parallel_group,
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0)).to(device())
+    positions = torch.arange(16, device=device()).expand(2, -1)
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool, device=device()).triu(1)
+    losses = []
+    for _ in range(4):
+        loss = engine(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_deepspeed_engines_follow_each_other_in_one_set() -> None:
+    reference = run_on_ranks(losses_under_deepspeed, 1, 0)[0]
+    assert reference[3] < reference[0] - 0.5
+    for tensor_parallel, zero_stage in itertools.product((1, 2, 1), (3, 0, 3)):
+        results = run_on_ranks(
+            losses_under_deepspeed, 2, zero_stage, tensor_parallel=tensor_parallel
+        )
+        for losses in results:
+            assert losses == pytest.approx(reference, rel=2e-5)
+
+
+CALLER = """
+import os, time
+from megatron_sat.testing import run_on_ranks
+
+print(*run_on_ranks(os.getpid, 2), *run_on_ranks(os.getppid, 1), flush=True)
+run_on_ranks(time.sleep, 2, 600, timeout=600)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caller() -> Iterator[subprocess.Popen[str]]:
+    """Another process that uses ranks, started first since it takes long to import."""
+    root = Path(megatron_sat.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-W", "ignore", "-c", CALLER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        yield process
+        process.kill()
+
+
+def test_ranks_and_server_end_when_their_caller_is_killed(caller: subprocess.Popen[str]) -> None:
+    assert caller.stdout is not None
+    pids = [int(word) for word in caller.stdout.readline().split()]
+    assert len(pids) == 3 and all(alive(pid) for pid in pids)
+    caller.kill()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"  # ended, but nobody has asked for its status

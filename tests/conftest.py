@@ -1,0 +1,38 @@
+"""What every test starts from."""
+
+import os
+
+# Before torch and triton are imported: ranks and tests share the cores, and without a GPU the
+# Triton kernels run in Triton's interpreter.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from megatron_sat.testing.ranks import start_server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the server of `run_on_ranks` import its packages while the first tests run."""
+    modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
+    used = any(hasattr(module, "run_on_ranks") for module in modules)
+    if used and not session.config.option.collectonly:
+        start_server()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1234)
