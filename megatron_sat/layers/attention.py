@@ -1,0 +1,187 @@
+"""Self-attention whose query heads are a site, and its core."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_sat.layers.communication import ScoreCommunicator
+from megatron_sat.layers.layout import HeadLayout
+from megatron_sat.ops.attention import causal_attention
+from megatron_sat.state import SATState
+
+
+class SATSelfAttention(SelfAttention):
+    """Megatron-core's ``SelfAttention`` over the query heads of its site (equation 9).
+
+    Only the QKV projection differs: it returns the kept heads. Rotary embedding, core attention
+    and output projection are the stock forward's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        *,
+        state: SATState,
+        communicator: ScoreCommunicator,
+        **kwargs: Any,
+    ) -> None:
+        _check_supported(config)
+        super().__init__(config, submodules, layer_number, **kwargs)
+        self.site = state.register_site(
+            module="attention",
+            layer=layer_number,
+            units=config.num_attention_heads,
+            query_groups=config.num_query_groups,
+            tensor_parallel_rank=self.tp_group.rank(),
+            tensor_parallel_size=self.tp_group.size(),
+        )
+        if self.site is None:
+            return
+        if config.num_query_groups < self.tp_group.size():
+            raise ValueError(
+                f"num_query_groups={config.num_query_groups} is less than the tensor-parallel size "
+                f"{self.tp_group.size()}: heads cannot be left out there; use at most "
+                f'{config.num_query_groups} tensor-parallel ranks, or modules=("mlp",)'
+            )
+        communicator.connect(self.tp_group, sequence_parallel=self.linear_qkv.sequence_parallel)
+        layout = HeadLayout(
+            groups=self.num_query_groups_per_partition,
+            heads_per_group=config.num_attention_heads // config.num_query_groups,
+            head_size=self.hidden_size_per_attention_head,
+        )
+        self.linear_qkv.attach(self.site, layout, communicator)
+        self.linear_proj.attach(self.site, unit=self.hidden_size_per_attention_head)
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> Any:
+        """``[s, b, h]`` -> query ``[s, b, kept heads, d]``, key and value ``[s, b, groups, d]``,
+        where groups are the kept ones if each has one query head, else all of them."""
+        if self.site is None or not self.training or not self.site.is_sparse:
+            return super().get_query_key_value_tensors(
+                hidden_states, key_value_states, output_gate=output_gate, split_qkv=split_qkv
+            )
+        assert split_qkv and not output_gate, "refused when the layer was built"
+        mixed, _ = self.linear_qkv(hidden_states)
+        size = self.hidden_size_per_attention_head
+        kept_units = mixed.shape[-1] // size
+        if self.site.is_grouped_query:
+            groups = self.num_query_groups_per_partition
+        else:
+            groups = kept_units // 3
+        heads_per_group = kept_units // groups - 2 if groups else 1
+        mixed = mixed.view(*mixed.shape[:-1], groups, (heads_per_group + 2) * size)
+        query, key, value = mixed.split([heads_per_group * size, size, size], dim=-1)
+        query = query.reshape(*query.shape[:2], groups * heads_per_group, size)
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
+
+
+def _check_supported(config: TransformerConfig) -> None:
+    """Refuse by name what the sliced path would compute wrongly."""
+    refused = {
+        "attention_output_gate": config.attention_output_gate,
+        "multi_latent_attention": config.multi_latent_attention,
+        "num_moe_experts": config.num_moe_experts is not None,
+        "fused_single_qkv_rope": config.fused_single_qkv_rope,
+        "fp8": bool(config.fp8),
+        "fp4": bool(config.fp4),
+    }
+    for name, is_set in refused.items():
+        if is_set:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not supported by sparsity-accelerated "
+                "training; leave it unset"
+            )
+
+
+class SATCoreAttention(MegatronModule):
+    """Causal core attention on the fastest kernel there is: Megatron-core's ``core_attention``.
+
+    Query ``[s, b, n, d]`` may bring any number of heads that is a multiple of the key's and
+    value's, ``[s, b, g, d]``; result ``[s, b, n * d]``. Document boundaries come as
+    ``packed_seq_params`` with ``qkv_format="sbhd"``, whose ``cu_seqlens_q`` run over the
+    batch-major ``b * s`` tokens. Reads ``softmax_scale``, ``kv_channels``, ``attention_dropout``,
+    ``context_parallel_size``, ``window_size`` and ``softmax_type`` from the config and refuses
+    what it does not compute.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        valid = {
+            "attention_dropout": 0.0,
+            "context_parallel_size": 1,
+            "window_size": None,
+            "softmax_type": "vanilla",
+            "apply_query_key_layer_scaling": False,
+        }
+        for name, expected in valid.items():
+            value = getattr(config, name)
+            if value != expected:
+                raise ValueError(f"{name}={value!r} is not supported here; use {expected!r}")
+        if attn_mask_type != AttnMaskType.causal or attention_type != "self":
+            raise ValueError(
+                f"attn_mask_type={attn_mask_type}, attention_type={attention_type!r}: only causal "
+                "self-attention is supported"
+            )
+        assert config.kv_channels is not None
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """See the class. ValueError for a mask or a bias: neither would be applied."""
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError(
+                "attention_mask and attention_bias are not supported: attention is causal; give "
+                'document boundaries as packed_seq_params with qkv_format="sbhd"'
+            )
+        if packed_seq_params is None:
+            return causal_attention(query, key, value, scale=self.scale)
+        if packed_seq_params.qkv_format != "sbhd":
+            raise ValueError(
+                f"qkv_format={packed_seq_params.qkv_format!r} is not supported; use 'sbhd'"
+            )
+        max_seqlen = packed_seq_params.max_seqlen_q
+        if isinstance(max_seqlen, torch.Tensor):
+            max_seqlen = int(max_seqlen)
+        return causal_attention(
+            query,
+            key,
+            value,
+            scale=self.scale,
+            cu_seqlens=packed_seq_params.cu_seqlens_q,
+            max_seqlen=max_seqlen,
+        )

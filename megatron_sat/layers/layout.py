@@ -1,0 +1,61 @@
+"""How heads and channels lie in the rows of a column-parallel weight."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelLayout:
+    """``fc1``: ``sections`` blocks (gate and up, or one) of a row per channel, ``[sections * f]``."""
+
+    sections: int
+    unit: int = field(default=1, init=False)
+
+    def unit_scores(self, row_scores: Tensor) -> Tensor:
+        """``[sections * f]`` -> ``[f]``: the mean of the gate's and the up projection's score."""
+        return row_scores.view(self.sections, -1).mean(dim=0)
+
+    def row_units(self, local: Tensor) -> Tensor:
+        """The units of rows to gather from each section: the kept channels themselves."""
+        return local
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLayout:
+    """Megatron's QKV weight: for each KV group the rows of its query heads, then K's, then V's.
+
+    ``groups``: KV groups on this rank; ``heads_per_group``: query heads of each;
+    ``head_size``: rows of each. With one query head to a group, a group's rows go together.
+    """
+
+    groups: int
+    heads_per_group: int
+    head_size: int
+    sections: int = field(default=1, init=False)
+
+    @property
+    def unit(self) -> int:
+        """Rows gathered together."""
+        return self.head_size * (3 if self.heads_per_group == 1 else 1)
+
+    def unit_scores(self, row_scores: Tensor) -> Tensor:
+        """``[groups * (heads_per_group + 2) * head_size]`` -> ``[groups * heads_per_group]``.
+
+        The mean over a head's rows (equation 6), then the mean of Q, K and V (equation 7); the K
+        and V of a query head are its group's.
+        """
+        heads = row_scores.view(self.groups, self.heads_per_group + 2, self.head_size).mean(dim=-1)
+        query, key_value = heads.split([self.heads_per_group, 2], dim=1)
+        return ((query + key_value.sum(dim=1, keepdim=True)) / 3.0).flatten()
+
+    def row_units(self, local: Tensor) -> Tensor:
+        """Kept local query heads ``[k]``, ascending and as many of each group -> the units of rows
+        to gather, ascending: with grouped queries all of K and V among them."""
+        if self.heads_per_group == 1:
+            return local
+        group = torch.arange(self.groups, device=local.device).unsqueeze(1)
+        query = local.view(self.groups, -1) + 2 * group
+        key = group * (self.heads_per_group + 2) + self.heads_per_group
+        return torch.cat([query, key, key + 1], dim=1).flatten()

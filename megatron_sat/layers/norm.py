@@ -1,0 +1,32 @@
+"""RMSNorm and LayerNorm that Megatron-core can use under sequence parallelism without Apex."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+
+class _Norm:
+    """What both norms share: Megatron's constructor, and the mark by which the gradients of
+    parameters that each sequence-parallel rank sees only for its own tokens are summed."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: object
+    ) -> None:
+        if config.layernorm_zero_centered_gamma:
+            raise ValueError("layernorm_zero_centered_gamma=True is not supported; use False")
+        super().__init__(hidden_size, eps=eps, **_factory(config))  # type: ignore[call-arg]
+        for parameter in self.parameters():  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
+
+
+class SATRMSNorm(_Norm, torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` as a Megatron-core norm; reads ``sequence_parallel`` from the config."""
+
+
+class SATLayerNorm(_Norm, torch.nn.LayerNorm):
+    """``torch.nn.LayerNorm`` as a Megatron-core norm; reads ``sequence_parallel`` from the
+    config."""
+
+
+def _factory(config: TransformerConfig) -> dict[str, object]:
+    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    return {"device": device, "dtype": config.params_dtype}

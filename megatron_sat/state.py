@@ -1,0 +1,408 @@
+"""What is true for the current training step: the rate, the sites and their subsets.
+
+A *site* is one place where units are left out: the query heads of one attention, or the channels
+of one MLP. The layers ask their site for the subset of this step; the trainer tells the state which
+step it is. Nothing here communicates: the layers bring scores that are already equal on all ranks.
+"""
+
+import hashlib
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_sat.config import SATConfig
+from megatron_sat.schedule import OmissionSchedule
+from megatron_sat.selection import (
+    gumbel_noise,
+    kept_channels_per_group,
+    kept_heads_per_group,
+    noise_seed,
+    rank_units,
+    select_with_noise,
+)
+
+logger = logging.getLogger(__name__)
+
+Module = Literal["attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The units that take part at one site.
+
+    ``units``: ``[kept]`` int64, ascending, over the whole site.
+    ``local``: ``[kept on this rank]`` int64, ascending, counted from the first unit that this
+    tensor-parallel rank owns.
+    """
+
+    units: Tensor
+    local: Tensor
+
+
+class Site:
+    """The heads of one attention or the channels of one MLP, over all tensor-parallel ranks.
+
+    Made by :meth:`SATState.register_site`.
+    """
+
+    def __init__(
+        self,
+        state: "SATState",
+        *,
+        module: Module,
+        layer: int,
+        units: int,
+        query_groups: int,
+        tensor_parallel_rank: int,
+        tensor_parallel_size: int,
+    ) -> None:
+        self.state = state
+        self.module = module
+        self.layer = layer
+        self.units = units
+        self.query_groups = query_groups
+        self.tensor_parallel_rank = tensor_parallel_rank
+        self.tensor_parallel_size = tensor_parallel_size
+        self.subset: Subset | None = None
+        self.ranking: Tensor | None = None
+        self._kept: dict[float, int] = {}
+
+    @property
+    def name(self) -> str:
+        """The site's key in logs and checkpoints, such as ``12.mlp``."""
+        return f"{self.layer}.{self.module}"
+
+    @property
+    def is_grouped_query(self) -> bool:
+        """Whether several query heads share a key and value head here."""
+        return self.module == "attention" and self.query_groups < self.units
+
+    @property
+    def groups(self) -> int:
+        """The number of contiguous groups with equal shares: the KV groups of grouped-query
+        attention, otherwise the selection groups."""
+        return self.query_groups if self.is_grouped_query else self.state.selection_groups
+
+    def kept_per_group(self, rate: float) -> int:
+        """How many of the ``units / groups`` units of each group take part at omission ``rate``."""
+        if rate not in self._kept:
+            self._kept[rate] = self._count(rate)
+        return self._kept[rate]
+
+    def _count(self, rate: float) -> int:
+        config = self.state.require_config()
+        per_group = self.units // self.groups
+        if self.module == "mlp":
+            return kept_channels_per_group(
+                per_group,
+                rate,
+                channel_multiple=config.channel_multiple,
+                selection_groups=self.state.selection_groups,
+            )
+        return kept_heads_per_group(
+            per_group,
+            rate,
+            channel_multiple=config.channel_multiple,
+            selection_groups=self.state.selection_groups,
+        )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether this step leaves anything out here: not at rate 0, nor where rounding keeps
+        every unit. An error in a training forward before :meth:`SATState.begin_step`."""
+        rate = self.state.rate
+        return rate > 0.0 and self.kept_per_group(rate) * self.groups < self.units
+
+    def local_count(self) -> int | None:
+        """How many units this rank runs in this step, or None where that is known only on the
+        device (selection groups that do not divide evenly over the tensor-parallel ranks)."""
+        if self.groups % self.tensor_parallel_size:
+            return None
+        return self.kept_per_group(self.state.rate) * self.groups // self.tensor_parallel_size
+
+    def decide(self, scores: Tensor) -> Subset:
+        """Choose and store the subset of this step.
+
+        ``scores``: ``[units]`` float32, equal on all ranks. Called once per site and step (or
+        micro-batch); ``subset`` holds the result until the state moves on.
+        """
+        keep = self.kept_per_group(self.state.rate)
+        config = self.state.require_config()
+        if config.selection == "static":
+            if self.ranking is None:
+                self.ranking = rank_units(
+                    scores,
+                    self.state.noise(self, scores.device),
+                    temperature=config.temperature,
+                    groups=self.groups,
+                )
+            elif self.ranking.device != scores.device:
+                self.ranking = self.ranking.to(scores.device)
+            units = self.ranking[:, :keep].sort(dim=1).values.flatten()
+        else:
+            noise = None
+            if config.selection == "sampling":
+                noise = self.state.noise(self, scores.device)
+            units = select_with_noise(
+                scores,
+                noise,
+                keep * self.groups,
+                temperature=config.temperature,
+                groups=self.groups,
+            )
+        self.subset = Subset(units=units, local=self._local(units))
+        return self.subset
+
+    def _local(self, units: Tensor) -> Tensor:
+        """This rank's part of the ascending ``units``."""
+        first = self.units // self.tensor_parallel_size * self.tensor_parallel_rank
+        count = self.local_count()
+        if count is not None:
+            start = self.tensor_parallel_rank * count
+            return units[start : start + count] - first
+        # An unbalanced layout after a resume: the number is data, so this one waits for the device.
+        last = first + self.units // self.tensor_parallel_size
+        return units[(units >= first) & (units < last)] - first
+
+
+class SATState:
+    """The state of sparsity-accelerated training, shared by the trainer and all layers.
+
+    ``config``: None trains dense throughout. The caller announces each optimizer step with
+    :meth:`begin_step` and each micro-batch with :meth:`begin_micro_batch`; every site decides in
+    its first training forward after that, and every later call, activation recomputation included,
+    reads the stored subset.
+    """
+
+    def __init__(self, config: SATConfig | None) -> None:
+        self.config = config
+        self.schedule = None if config is None else OmissionSchedule.from_config(config)
+        self.sites: dict[str, Site] = {}
+        self.step: int | None = None
+        self.micro_batch: int | None = None
+        self.token_mask: Tensor | None = None
+        self._rate = 0.0
+        self._selection_groups = None if config is None else config.selection_groups
+        self._noise: dict[str, Tensor] = {}
+
+    def require_config(self) -> SATConfig:
+        """The configuration; only for callers that run sparse, so that there is one."""
+        assert self.config is not None
+        return self.config
+
+    # Sites
+
+    def register_site(
+        self,
+        *,
+        module: Module,
+        layer: int,
+        units: int,
+        query_groups: int = 1,
+        tensor_parallel_rank: int = 0,
+        tensor_parallel_size: int = 1,
+    ) -> Site | None:
+        """Make the site of one attention (``units`` query heads over ``query_groups`` KV groups)
+        or MLP (``units`` channels) of layer number ``layer``.
+
+        None where the configuration leaves this module dense. ValueError if the layer is there
+        already (a state belongs to one model) or if the selection groups do not fit its units.
+        """
+        if self.config is None or module not in self.config.modules:
+            return None
+        if self._selection_groups is None:
+            self._selection_groups = tensor_parallel_size
+        site = Site(
+            self,
+            module=module,
+            layer=layer,
+            units=units,
+            query_groups=query_groups,
+            tensor_parallel_rank=tensor_parallel_rank,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+        if site.name in self.sites:
+            raise ValueError(
+                f"layer {layer} has its {module} site already: an SATState belongs to one model; "
+                "make a new one for another model"
+            )
+        self._check_groups(site)
+        self.sites[site.name] = site
+        return site
+
+    @property
+    def selection_groups(self) -> int:
+        """The number of groups with equal shares: the configuration's, a resumed run's, or the
+        tensor-parallel size."""
+        return self._selection_groups or 1
+
+    def _check_groups(self, site: Site) -> None:
+        groups = self.selection_groups
+        what, size = "channels", site.units
+        if site.module == "attention":
+            what, size = "query groups" if site.is_grouped_query else "heads", site.query_groups
+        if size % groups:
+            raise ValueError(
+                f"selection_groups={groups} does not divide the {size} {what} of the "
+                f"{site.module} in layer {site.layer}; use a divisor of {size}"
+            )
+
+    # Steps
+
+    def begin_step(self, step: int) -> None:
+        """Announce optimizer step ``step``, counted from 1. Forgets the subsets of the last."""
+        self._rate = 0.0 if self.schedule is None else self.schedule.rate(step)
+        self.step = step
+        self.micro_batch = None
+        self.token_mask = None
+        self._forget()
+
+    def begin_micro_batch(self, index: int, token_mask: Tensor | None = None) -> None:
+        """Announce micro-batch ``index`` of the step, counted from 0.
+
+        ``token_mask``: ``[b, s]`` bool, true where a token counts for the scores; None if all do.
+        RuntimeError before :meth:`begin_step`.
+        """
+        if self.step is None:
+            raise RuntimeError("begin_micro_batch() before begin_step(): announce the step first")
+        self.micro_batch = index
+        self.token_mask = token_mask
+        if self.config is not None and self.config.scope == "micro-batch":
+            self._forget()
+
+    @property
+    def rate(self) -> float:
+        """The omission rate of the announced step. RuntimeError before :meth:`begin_step`."""
+        if self.step is None and self.config is not None:
+            raise RuntimeError(
+                "a training forward before SATState.begin_step(step): announce each step, and "
+                "call model.eval() for evaluation"
+            )
+        return self._rate
+
+    def _forget(self) -> None:
+        self._noise.clear()
+        for site in self.sites.values():
+            site.subset = None
+
+    def noise(self, site: Site, device: torch.device) -> Tensor:
+        """Gumbel noise ``[units]`` float32 of ``site`` for this step (or micro-batch), equation 8.
+
+        Drawn from (seed, step, micro-batch, layer, module) alone, so that every rank has the same
+        and a resumed run needs no state; for all sites at once, so that there is one copy.
+        """
+        if site.name not in self._noise:
+            self._draw(device)
+        return self._noise[site.name]
+
+    def _draw(self, device: torch.device) -> None:
+        config = self.require_config()
+        assert self.step is not None
+        micro_batch = 0
+        if config.scope == "micro-batch":
+            if self.micro_batch is None:
+                raise RuntimeError(
+                    'scope="micro-batch" needs begin_micro_batch(index) before each forward'
+                )
+            micro_batch = self.micro_batch
+        sites = [site for site in self.sites.values() if site.is_sparse]
+        generator = torch.Generator()
+        drawn = []
+        for site in sites:
+            generator.manual_seed(
+                noise_seed(config.seed, self.step, micro_batch, site.layer, site.module)
+            )
+            drawn.append(gumbel_noise(site.units, generator=generator))
+        flat = torch.cat(drawn)
+        if device.type == "cuda":
+            flat = flat.pin_memory().to(device, non_blocking=True)
+        parts = flat.split([site.units for site in sites])
+        self._noise = {site.name: part for site, part in zip(sites, parts, strict=True)}
+
+    # What ran
+
+    def effective_rates(self) -> dict[Module, float]:
+        """The share of units left out in this step after rounding, by module; 0.0 where dense."""
+        rates: dict[Module, float] = {"attention": 0.0, "mlp": 0.0}
+        for module in rates:
+            sites = [site for site in self.sites.values() if site.module == module]
+            if self._rate > 0.0 and sites:
+                rates[module] = math.fsum(
+                    1.0 - site.kept_per_group(self._rate) * site.groups / site.units
+                    for site in sites
+                ) / len(sites)
+        return rates
+
+    def checksum(self) -> str | None:
+        """16 hexadecimal digits over the chosen units of all sites; None when dense.
+
+        Equal on all ranks of a healthy run. Waits for the device.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        chosen = [(site.name, site.subset) for site in self.sites.values() if site.subset]
+        for name, subset in sorted(chosen, key=lambda item: item[0]):
+            digest.update(name.encode())
+            digest.update(subset.units.cpu().numpy().tobytes())
+        return digest.hexdigest() if chosen else None
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs: the configuration, the last step, the selection groups as resolved
+        and, for static selection, each site's ranking ``[groups, units / groups]`` int64."""
+        return {
+            "config": None if self.config is None else self.config.to_dict(),
+            "step": self.step,
+            "selection_groups": self._selection_groups,
+            "rankings": {
+                name: site.ranking.cpu()
+                for name, site in self.sites.items()
+                if site.ranking is not None
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where another state stopped, after the layers are built.
+
+        Takes the stored selection groups unless the configuration names its own; if these are not
+        a multiple of the tensor-parallel size, ranks get unequal work, with one warning. The next
+        call is ``begin_step(stored step + 1)``. ValueError if stored rankings do not fit.
+        """
+        self.step = None
+        self._forget()
+        stored_groups = state_dict["selection_groups"]
+        if self.config is None:
+            return
+        if self.config.selection_groups is None and stored_groups is not None:
+            self._selection_groups = stored_groups
+        for site in self.sites.values():
+            site._kept.clear()
+            self._check_groups(site)
+        self._load_rankings(state_dict["rankings"])
+        tensor_parallel = max((s.tensor_parallel_size for s in self.sites.values()), default=1)
+        if self.selection_groups % tensor_parallel:
+            logger.warning(
+                "selection_groups=%d is not a multiple of the tensor-parallel size %d: subsets "
+                "stay those of the stored run, and ranks get unequal work",
+                self.selection_groups,
+                tensor_parallel,
+            )
+
+    def _load_rankings(self, rankings: dict[str, Tensor]) -> None:
+        if self.require_config().selection != "static":
+            return
+        for name, ranking in rankings.items():
+            site = self.sites.get(name)
+            if site is None:
+                raise ValueError(f"the stored ranking of {name} has no site in this model")
+            expected = (site.groups, site.units // site.groups)
+            if tuple(ranking.shape) != expected:
+                raise ValueError(
+                    f"the stored ranking of {name} has shape {tuple(ranking.shape)}, this run "
+                    f"needs {expected}: keep selection_groups as in the stored run"
+                )
+            site.ranking = ranking.clone()
