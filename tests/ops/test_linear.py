@@ -1,0 +1,187 @@
+"""The sliced linears against a dense linear whose omitted units are multiplied by zero."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sat.ops import column_sliced_linear, row_sliced_linear
+
+# name: unit, sections, units in a section, kept
+LAYOUTS = {
+    "channels": (1, 1, 9, [0, 2, 3, 8]),
+    "gate and up": (1, 2, 9, [1, 2, 7]),
+    "heads": (4, 1, 5, [1, 4]),
+    "heads in two sections": (3, 2, 4, [0, 3]),
+    "one of one": (4, 1, 1, [0]),
+    "all": (2, 2, 3, [0, 1, 2]),
+    "none": (2, 2, 3, []),
+}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def kept_positions(unit: int, sections: int, units: int, kept: list[int]) -> Tensor:
+    rows = [(s * units + i) * unit + j for s in range(sections) for i in kept for j in range(unit)]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def gradients(output: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tensor]:
+    found = torch.autograd.grad(output, leaves, grad, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert (actual - expected).norm() <= TOLERANCES[actual.dtype] * expected.norm()
+
+
+def test_the_tolerances_catch_one_wrong_row() -> None:
+    weight = torch.randn(36, 11)
+    wrong = weight.clone()
+    wrong[5] = 0
+    with pytest.raises(AssertionError):
+        assert_close(wrong, weight)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_column_sliced_linear_is_the_masked_dense_one(
+    layout: tuple[int, int, int, list[int]], with_bias: bool, dtype: torch.dtype
+) -> None:
+    unit, sections, units, kept = layout
+    rows = kept_positions(*layout)
+    out = unit * sections * units
+    x, weight = leaf(3, 2, 11, dtype=dtype), leaf(out, 11, dtype=dtype)
+    bias = leaf(out, dtype=dtype) if with_bias else None
+    leaves = [x, weight] if bias is None else [x, weight, bias]
+    dy = torch.randn(3, 2, len(rows), dtype=dtype)
+
+    index = torch.tensor(kept, dtype=torch.int64)
+    y = column_sliced_linear(x, weight, index, bias=bias, unit=unit, sections=sections)
+    sliced = gradients(y, leaves, dy)
+
+    mask = torch.zeros(out, dtype=dtype)
+    mask[rows] = 1
+    dense = torch.nn.functional.linear(x, weight, bias) * mask
+    masked_dy = torch.zeros_like(dense)
+    masked_dy[..., rows] = dy
+    expected = gradients(dense, leaves, masked_dy)
+
+    assert_close(y, dense[..., rows])
+    for actual, reference in zip(sliced, expected, strict=True):
+        assert_close(actual, reference)
+    for whole in sliced[1:]:
+        assert not whole[mask == 0].any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS.values() if layout[1] == 1] + [(2, 1, 3, [])]
+)
+def test_row_sliced_linear_is_the_masked_dense_one(
+    layout: tuple[int, int, int, list[int]], dtype: torch.dtype
+) -> None:
+    unit, _, units, kept = layout
+    columns = kept_positions(*layout)
+    whole_x, weight = leaf(3, 2, unit * units, dtype=dtype), leaf(7, unit * units, dtype=dtype)
+    x = whole_x.detach()[..., columns].requires_grad_()
+    dy = torch.randn(3, 2, 7, dtype=dtype)
+
+    y = row_sliced_linear(x, weight, torch.tensor(kept, dtype=torch.int64), unit=unit)
+    dx, dweight = gradients(y, [x, weight], dy)
+
+    mask = torch.zeros(unit * units, dtype=dtype)
+    mask[columns] = 1
+    dense = torch.nn.functional.linear(whole_x * mask, weight)
+    whole_dx, expected_dweight = gradients(dense, [whole_x, weight], dy)
+
+    assert_close(y, dense)
+    assert_close(dx, whole_dx[..., columns])
+    assert_close(dweight, expected_dweight)
+    assert not dweight[:, mask == 0].any()
+
+
+def test_gradcheck() -> None:
+    index = torch.tensor([0, 2])
+    x, weight, bias = (leaf(*s, dtype=torch.float64) for s in [(2, 3, 4), (12, 4), (12,)])
+
+    def column(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return column_sliced_linear(x, weight, index, bias=bias, unit=2, sections=2)
+
+    def row(x: Tensor, weight: Tensor) -> Tensor:
+        return row_sliced_linear(x, weight, index, unit=2)
+
+    assert torch.autograd.gradcheck(column, (x, weight, bias))
+    weight = leaf(5, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(row, (x, weight))
+
+
+def run_column(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return column_sliced_linear(x, weight, index, unit=2, sections=2)
+
+
+def run_row(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return row_sliced_linear(x, weight, index, unit=2)
+
+
+SLICED = [(run_column, (3, 12), (16, 12)), (run_row, (3, 4), (12, 8))]
+
+
+@pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
+def test_only_the_inputs_the_whole_weight_and_the_index_are_saved(
+    run: Callable[..., Tensor], x_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+) -> None:
+    x, weight = leaf(*x_shape, dtype=torch.float32), leaf(*weight_shape, dtype=torch.float32)
+    index = torch.tensor([1, 3])
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(x, weight, index)
+    assert saved == [tensor.untyped_storage().data_ptr() for tensor in (x, weight, index)]
+
+
+@pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
+def test_frozen_operands_get_no_gradient(
+    run: Callable[..., Tensor], x_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+) -> None:
+    index = torch.tensor([1, 3])
+    for x_learns in (True, False):
+        x = torch.randn(*x_shape, requires_grad=x_learns)
+        weight = torch.randn(*weight_shape, requires_grad=not x_learns)
+        run(x, weight, index).sum().backward()
+        assert (x.grad is not None) == x_learns
+        assert (weight.grad is None) == x_learns
+
+
+@pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
+def test_bfloat16_in_is_bfloat16_out(
+    run: Callable[..., Tensor], x_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+) -> None:
+    x, weight = leaf(*x_shape, dtype=torch.bfloat16), leaf(*weight_shape, dtype=torch.bfloat16)
+    index = torch.tensor([1, 3])
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    y, reference = run(x, weight, index), run(*exact, index)
+    y.sum().backward()
+    reference.sum().backward()
+    for actual, expected in [(y, reference), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)]:
+        assert actual is not None and expected is not None
+        assert actual.dtype == torch.bfloat16
+        assert (actual - expected).norm() < 4e-3 * expected.norm()
+
+
+def test_a_weight_that_units_do_not_fill_is_refused() -> None:
+    x, weight, index = torch.randn(2, 9), torch.randn(10, 9), torch.tensor([0])
+    with pytest.raises(ValueError, match=r"weight rows \(10\)"):
+        column_sliced_linear(x, weight, index, sections=3)
+    with pytest.raises(ValueError, match=r"weight columns \(9\)"):
+        row_sliced_linear(x, weight, index, unit=2)

@@ -1,0 +1,130 @@
+"""Triton kernels on CPU tensors. Run by test_triton_kernels.py under TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sat.ops import column_sliced_linear, row_sliced_linear, score, triton_kernels
+from megatron_sat.ops import gather_scatter as forms
+from megatron_sat.ops.backend import force_backend
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# unit, sections, units, other side of the matrix
+LAYOUTS = [(1, 1, 1, 1), (1, 2, 13, 5), (3, 2, 6, 9), (5, 1, 3, 19)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles both ways, the last ones partly outside, without large matrices."""
+    monkeypatch.setattr(triton_kernels, "_TILE", 128)
+    monkeypatch.setattr(triton_kernels, "_WIDEST", 16)
+
+
+def indices(units: int) -> list[Tensor]:
+    every = list(range(units))
+    kept = [[], every, every[1::2], every[units // 3 :], sorted({0, units // 2, units - 1})]
+    return [torch.tensor(k, dtype=torch.int64) for k in kept]
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [(layout, torch.float32) for layout in LAYOUTS] + [(LAYOUTS[2], dtype) for dtype in DTYPES[1:]],
+)
+def test_gathers_and_scatters_equal_the_pytorch_form(
+    layout: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    unit, sections, units, other = layout
+    rows = {"unit": unit, "sections": sections}
+    column_weight = torch.randn(sections * units * unit, other).to(dtype)
+    row_weight = torch.randn(other, units * unit).to(dtype)
+    for index in indices(units):
+        kept = forms.gather_rows(column_weight, index, **rows)
+        assert_same(triton_kernels.gather_rows(column_weight, index, **rows), kept)
+        size = len(column_weight)
+        assert_same(
+            triton_kernels.scatter_rows(kept, index, rows=size, **rows),
+            forms.scatter_rows(kept, index, rows=size, **rows),
+        )
+        kept = forms.gather_columns(row_weight, index, unit=unit)
+        assert_same(triton_kernels.gather_columns(row_weight, index, unit=unit), kept)
+        size = row_weight.shape[1]
+        assert_same(
+            triton_kernels.scatter_columns(kept, index, columns=size, unit=unit),
+            forms.scatter_columns(kept, index, columns=size, unit=unit),
+        )
+
+
+def test_columns_walk_down_several_tiles_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        triton_kernels, "_column_tiles", lambda rows, columns: ((3, -(-columns // 8)), 2, 4, 8)
+    )
+    weight, index = torch.randn(21, 20), torch.tensor([0, 3, 4])
+    kept = forms.gather_columns(weight, index, unit=4)
+    assert_same(triton_kernels.gather_columns(weight, index, unit=4), kept)
+    assert_same(
+        triton_kernels.scatter_columns(kept, index, columns=20, unit=4),
+        forms.scatter_columns(kept, index, columns=20, unit=4),
+    )
+
+
+def test_operands_need_not_be_contiguous() -> None:
+    weight, index = torch.randn(6, 8).t(), torch.tensor([1, 2])
+    kept = weight[2:6]
+    assert_same(triton_kernels.gather_rows(weight, index, unit=2, sections=1), kept)
+    whole = triton_kernels.scatter_rows(kept, index, rows=8, unit=2, sections=1)
+    assert_same(whole, forms.scatter_rows(kept, index, rows=8, unit=2))
+    kept = weight[:, 2:6]
+    assert_same(triton_kernels.gather_columns(weight, index, unit=2), kept)
+    whole = triton_kernels.scatter_columns(kept, index, columns=8, unit=2)
+    assert_same(whole, forms.scatter_columns(kept, index, columns=8, unit=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 7), (3, 515)])
+def test_row_reductions(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, vector = torch.randn(*shape).to(dtype), torch.randn(shape[1])
+    exact = weight.double()
+    dot, norm = triton_kernels.row_dot(weight, vector), triton_kernels.row_norm(weight)
+    assert dot.dtype == norm.dtype == torch.float32
+    torch.testing.assert_close(dot.double(), exact @ vector.double(), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(norm.double(), exact.square().sum(1).sqrt(), rtol=1e-6, atol=0)
+
+
+def test_the_public_functions_take_the_triton_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = torch.tensor([0, 2])
+    calls = []
+    for name in ("gather_rows", "scatter_rows", "gather_columns", "scatter_columns", "row_dot"):
+        kernel = getattr(triton_kernels, name)
+
+        def counted(*args: object, _name: str = name, _kernel: object = kernel, **kw: object):
+            calls.append(_name)
+            return _kernel(*args, **kw)
+
+        monkeypatch.setattr(triton_kernels, name, counted)
+
+    def run() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x, up, bias, down = (
+            torch.randn(*shape, generator=generator).requires_grad_()
+            for shape in [(3, 5), (12, 5), (12,), (5, 6)]
+        )
+        y = column_sliced_linear(x, up, index, bias=bias, unit=2, sections=2)
+        z = row_sliced_linear(y[:, :4], down, index, unit=2)
+        z.square().sum().backward()
+        return [z, x.grad, up.grad, bias.grad, down.grad, score.row_dot(up, torch.ones(5))]
+
+    expected = run()
+    assert not calls
+    with force_backend("triton"):
+        actual = run()
+    assert set(calls) == {
+        "gather_rows", "scatter_rows", "gather_columns", "scatter_columns", "row_dot",
+    }  # fmt: skip
+    for a, b in zip(actual[:-1], expected[:-1], strict=True):
+        assert_same(a, b)
+    torch.testing.assert_close(actual[-1], expected[-1])
