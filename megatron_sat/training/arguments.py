@@ -253,7 +253,7 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     add("--init-method-std", type=float, default=0.02, help="spread of initial weights")
     add("--make-vocab-size-divisible-by", type=int, default=128, help="pads the vocabulary")
     add("--vocab-size", type=int, help="vocabulary before padding (default: the tokenizer's)")
-    add("--attention-dropout", type=float, default=0.0, help="needs a GPU above 0")
+    add("--attention-dropout", type=float, default=0.0, help="only 0 is supported")
     add("--hidden-dropout", type=float, default=0.0, help="needs a GPU above 0")
 
 

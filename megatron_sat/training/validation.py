@@ -7,6 +7,8 @@ import os
 import tempfile
 from dataclasses import replace
 
+import torch
+
 from megatron_sat.config import SATConfig
 from megatron_sat.training.config import TrainingConfig
 
@@ -148,8 +150,14 @@ def _check_numbers(config: TrainingConfig) -> None:
     ):
         if not positive > 0:
             raise ValueError(f"{flag} is {positive}; valid: above 0")
-    _within("--attention-dropout", config.attention_dropout, below=1)
+    if config.attention_dropout != 0:
+        raise ValueError(
+            f"--attention-dropout is {config.attention_dropout}; valid: 0, the attention kernels "
+            "have no dropout"
+        )
     _within("--hidden-dropout", config.hidden_dropout, below=1)
+    if config.hidden_dropout > 0 and not torch.cuda.is_available():
+        raise ValueError(f"--hidden-dropout is {config.hidden_dropout}; valid without a GPU: 0")
     if config.parallel.zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"--zero-stage is {config.parallel.zero_stage}; valid: 0, 1, 2, 3")
 

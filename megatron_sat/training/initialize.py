@@ -1,0 +1,238 @@
+"""From a launched process to a rank of a run: environment, process groups, seeds, and how ranks
+fail together."""
+
+import contextlib
+import datetime
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_sat.cpu import enable_cpu_path
+from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.config import TrainingConfig
+
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class RanksStopped(RuntimeError):
+    """Raised on all ranks when at least one of them failed in `ranks_agree`.
+
+    `by_user` tells a mistake of the user's (ValueError, OSError) from a fault of the program.
+    """
+
+    def __init__(self, message: str, *, by_user: bool) -> None:
+        super().__init__(message)
+        self.by_user = by_user
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Which of how many processes this is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """What the deepspeed launcher or torchrun has set; nothing set is a run of one process,
+        for which the environment is completed.
+
+        Raises:
+            ValueError: only some of RANK, WORLD_SIZE and LOCAL_RANK are set.
+        """
+        missing = [name for name in _LAUNCH_VARIABLES if name not in os.environ]
+        if missing and len(missing) < len(_LAUNCH_VARIABLES):
+            raise ValueError(
+                f"the environment lacks {', '.join(missing)}; start the run with deepspeed or "
+                "torchrun, or with plain python and none of RANK, WORLD_SIZE, LOCAL_RANK set"
+            )
+        if missing:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        rank, world_size, local_rank = (int(os.environ[name]) for name in _LAUNCH_VARIABLES)
+        return cls(rank=rank, world_size=world_size, local_rank=local_rank)
+
+
+class ModelParallelUnit:
+    """Megatron-core's process groups under the names that DeepSpeed asks for (its `mpu`)."""
+
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        """Global ranks of this rank's data-parallel group."""
+        ranks: list[int] = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+        return ranks
+
+
+def start(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Join the other ranks and read the command line; from here on ranks can fail together.
+
+    The command line is read first, but what is wrong with it is raised only when all ranks are
+    there to hear of it.
+
+    Raises:
+        ValueError: in a run of one process.
+        RanksStopped: in a run of several, on all of them.
+    """
+    launch = Launch.from_environment()
+    config, failure = None, None
+    try:
+        config = parse_args(argv, world_size=launch.world_size)
+    except ValueError as error:
+        failure = error
+    if config is not None and config.deterministic_mode:
+        # Read when the first communicator and the first cuBLAS handle are made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+    join(launch, timeout_minutes=10 if config is None else config.distributed_timeout_minutes)
+    with ranks_agree("reading the command line"):
+        if failure is not None:
+            raise failure
+    assert config is not None
+    return config
+
+
+def join(launch: Launch, *, timeout_minutes: int) -> None:
+    """Choose this rank's device and start torch.distributed: NCCL for tensors on GPUs, gloo for
+    those on CPUs.
+
+    Raises:
+        ValueError: more processes than GPUs on this machine.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        if launch.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK is {launch.local_rank}, but this machine has "
+                f"{torch.cuda.device_count()} GPUs; start one process for each GPU"
+            )
+        torch.cuda.set_device(launch.local_rank)
+    if not dist.is_initialized():
+        # No store is shared in a world of one, so that any number of such runs fit on a machine.
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            **(alone if launch.world_size == 1 else {}),
+        )
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+
+
+def initialize(config: TrainingConfig) -> ModelParallelUnit:
+    """Megatron's process groups, the CPU path where there is no GPU, seeds and determinism.
+
+    After `start`, on all ranks. The result is DeepSpeed's `mpu`.
+    """
+    enable_cpu_path()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    set_seeds(config.seed)
+    if config.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+    return ModelParallelUnit()
+
+
+def set_seeds(seed: int) -> None:
+    """Seed every generator; on GPUs, tensor-parallel ranks get states of their own as well."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+@contextlib.contextmanager
+def ranks_agree(doing: str) -> Iterator[None]:
+    """All ranks leave this block, or all of them raise: no one is left waiting in a collective.
+
+    For blocks without collectives of their own, entered by all ranks. The rank that failed raises
+    its own exception if that is a fault of the program, so that its traceback is kept.
+
+    Args:
+        doing: what the block does, for the message, as "reading the data".
+
+    Raises:
+        RanksStopped: the lowest failing rank's message (in a run of one process: the exception
+            itself).
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if failure is not None:
+            raise failure
+        return
+    report = None if failure is None else (_by_user(failure), str(failure), type(failure).__name__)
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, report)
+    failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
+    if not failed:
+        return
+    if failure is not None and not _by_user(failure):
+        raise failure
+    # A fault of the program on any rank matters more than what a user could mend.
+    rank, (by_user, message, kind) = min(failed, key=lambda item: (item[1][0], item[0]))
+    if not by_user:
+        message = f"rank {rank} failed while {doing}: {kind}: {message}"
+    raise RanksStopped(message, by_user=by_user) from failure
+
+
+def run(main: Callable[[], None]) -> int:
+    """Call `main` and return the exit code: 0; or 2 for a user's mistake, of which rank 0 prints
+    one line, `error: ...`. Other exceptions are raised."""
+    try:
+        main()
+        return 0
+    except RanksStopped as error:
+        if not error.by_user:
+            raise
+        _print_error(error)
+        return 2
+    except ValueError as error:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # Outside of `ranks_agree` others may not know of it: the traceback tells where.
+            raise
+        _print_error(error)
+        return 2
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees an exit
+            dist.destroy_process_group()
+
+
+def _print_error(error: Exception) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _by_user(error: Exception) -> bool:
+    return isinstance(error, ValueError | OSError)

@@ -1,0 +1,204 @@
+"""The model, its parameter groups and its optimizer."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_sat.layers import get_gpt_block_sat_spec
+from megatron_sat.state import SATState
+from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.deepspeed_config import offloads_optimizer
+from megatron_sat.training.initialize import ModelParallelUnit
+
+
+class SATGPTModel(GPTModel):
+    """Megatron-core's `GPTModel` with rotary positions that may restart within a sequence.
+
+    Arguments are `GPTModel`'s. With `reset_position_ids` the rotary embedding of a token is that
+    of its entry in `position_ids [b, s]`, where `GPTModel` counts from the sequence's start.
+    Boundaries of documents (`packed_seq_params` in the format "sbhd") are for attention alone.
+    """
+
+    def __init__(self, *args: Any, reset_position_ids: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reset_position_ids = reset_position_ids
+
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        # With these, GPTModel would cut the rotary embedding to the longest document's length.
+        kwargs["packed_seq_params"] = None
+        hidden, rotary, *others = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.reset_position_ids:
+            # [s, 1, 1, d] at positions [b, s] -> [s, b, 1, d]
+            rotary = rotary[:, 0][position_ids.transpose(0, 1)]
+        return (hidden, rotary, *others)
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel: int) -> int:
+    """`vocab_size` rounded up to a multiple of `divisible_by` x `tensor_parallel`."""
+    multiple = divisible_by * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(config: TrainingConfig) -> TransformerConfig:
+    """Megatron-core's configuration of the layers.
+
+    Without a GPU, weights are drawn on the CPU as whole matrices and then cut, so that they are
+    the same at every tensor-parallel size.
+    """
+    model, parallel = config.model, config.parallel
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        init_method_std=model.init_method_std,
+        attention_dropout=config.attention_dropout,
+        hidden_dropout=config.hidden_dropout,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        recompute_modules=list(parallel.recompute_modules) or None,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        pipeline_dtype=config.params_dtype,
+        deterministic_mode=config.deterministic_mode,
+        use_cpu_initialization=not on_gpu,
+        # The fused forms are compiled for GPUs.
+        bias_activation_fusion=on_gpu and model.swiglu,
+        bias_dropout_fusion=on_gpu,
+        cross_entropy_loss_fusion=on_gpu and not config.deterministic_mode,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_model(
+    config: TrainingConfig,
+    state: SATState,
+    *,
+    padded_vocab: int,
+    deepspeed_config: Mapping[str, Any],
+) -> SATGPTModel:
+    """The model on this rank's device, its parameters partitioned from the start at ZeRO stage 3.
+
+    Given the seed, initial parameters are the same at every stage. `padded_vocab` is
+    `padded_vocab_size`'s and `deepspeed_config` what `build_deepspeed_config` gave. Called on all
+    ranks, after `initialize`. ValueError for what the layers do not support.
+    """
+    transformer = transformer_config(config)
+    construction: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if config.parallel.zero_stage == 3:
+        construction = deepspeed.zero.Init(
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            config_dict_or_path=dict(deepspeed_config),
+            mpu=ModelParallelUnit(),
+            # Types and devices are given by Megatron-core; left to zero.Init, bf16 would also
+            # befall the rotary frequencies.
+            tensor_overrides=[],
+        )
+    with construction:
+        model = SATGPTModel(
+            config=transformer,
+            transformer_layer_spec=get_gpt_block_sat_spec(transformer, state),
+            vocab_size=padded_vocab,
+            max_sequence_length=config.model.max_position_embeddings,
+            parallel_output=True,
+            share_embeddings_and_output_weights=(
+                not config.model.untie_embeddings_and_output_weights
+            ),
+            position_embedding_type="rope",
+            rotary_percent=config.model.rotary_percent,
+            rotary_base=config.model.rotary_base,
+            fp16_lm_cross_entropy=False,
+            reset_position_ids=config.data.reset_position_ids,
+        )
+    add_replicated_gradient_hooks(model)
+    return model
+
+
+def add_replicated_gradient_hooks(model: torch.nn.Module) -> list[str]:
+    """Sum, over tensor parallel, the gradients of replicated parameters that each rank sees only
+    in part; returns their names.
+
+    These are the parameters marked `sequence_parallel` (each rank has its own tokens) and the
+    query and key norms (each rank has its own heads). Megatron sums them at the end of a step in
+    `finalize_model_grads`, which DeepSpeed never calls; without the sum the copies drift apart.
+    To be called before `deepspeed.initialize`, once per model.
+    """
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return []
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def sum_over_ranks(gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    names = []
+    for name, parameter in model.named_parameters():
+        is_head_norm = "q_layernorm" in name or "k_layernorm" in name
+        if parameter.requires_grad and (
+            is_head_norm or getattr(parameter, "sequence_parallel", False)
+        ):
+            parameter.register_hook(sum_over_ranks)
+            names.append(name)
+    return names
+
+
+def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Two groups for the optimizer: matrices, and norms and biases, which do not decay.
+
+    `wd_mult` is what Megatron's scheduler multiplies the weight decay by.
+    """
+    decay: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_vector = name.endswith(".bias") or "norm" in name
+        (others if is_vector else decay).append(parameter)
+    groups = [{"params": decay, "wd_mult": 1.0}, {"params": others, "wd_mult": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: torch.nn.Module, config: TrainingConfig, *, deepspeed_config: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """AdamW for `deepspeed.initialize`; DeepSpeed's CPU Adam where optimizer states are offloaded.
+
+    The learning-rate schedule sets the rate and the weight decay of each group.
+    """
+    settings = config.optimizer
+    groups = parameter_groups(model)
+    for group in groups:
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    common: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_eps,
+    }
+    if offloads_optimizer(deepspeed_config):
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **common)
