@@ -99,7 +99,7 @@ class OmissionSchedule:
         if self.schedule == "constant":
             yield self.total_steps
         elif self.schedule == "ladder":
-            for rung in range(1, self.ladder_rungs + 2):
+            for rung in range(1, self.ladder_rungs + 1):
                 yield self._last_step_of_rung(rung)
         else:
             yield from range(self.decay_start_step + 1, self.total_steps + 1)
@@ -107,10 +107,10 @@ class OmissionSchedule:
     def _last_step_of_rung(self, rung: int) -> int:
         """Last step t with (t - eta) / (T - eta) < (2^rung - 1) / (2^L - 1).
 
-        In whole numbers, as a quotient of floats puts steps at a rung's border on either side.
-        Step T, at quotient 1, is rung L + 1 alone.
+        In whole numbers, as a quotient of floats puts steps at a rung's border on either side. The
+        last rung ends with step T, whose quotient is 1: above it the formula has rate 0 as well.
         """
-        if rung > self.ladder_rungs:
+        if rung == self.ladder_rungs:
             return self.total_steps
         span = self.total_steps - self.decay_start_step
         # The largest whole number below a / b is ceil(a / b) - 1, which is (a - 1) // b.
@@ -119,4 +119,4 @@ class OmissionSchedule:
 
     def _rung_rate(self, rung: int) -> float:
         # One product instead of r - r l / L, which can miss 0 by rounding.
-        return self.omission_rate * max(0, self.ladder_rungs - rung) / self.ladder_rungs
+        return self.omission_rate * (self.ladder_rungs - rung) / self.ladder_rungs

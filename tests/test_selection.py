@@ -282,8 +282,11 @@ def test_counts_against_exact_fractions(percent):
     """Rates are decimals: 10 (1 - 0.8) is 2, though 1.9999999999999996 in floats."""
     rate, keep = percent / 100, 1 - Fraction(percent, 100)
     for n in (1, 4, 5, 8, 10, 32, 40, 50, 64):
-        heads = kept_heads_per_group(n, rate, selection_groups=2, channel_multiple=128)
-        assert heads == max(1, half_up(n * keep))
+        for groups, multiple in ((2, 128), (1, 128), (2, 1)):
+            heads = kept_heads_per_group(
+                n, rate, selection_groups=groups, channel_multiple=multiple
+            )
+            assert heads == max(1, half_up(n * keep))
         exact = kept_heads_per_group(n, rate, selection_groups=1, channel_multiple=1)
         assert exact == max(1, math.floor(n * keep))
     for n in (100, 1376, 5504, 11008, 13824):
