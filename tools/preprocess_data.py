@@ -1,0 +1,134 @@
+#!/usr/bin/env python
+"""Tokenize JSON lines into the indexed data sets (.bin and .idx) that training reads."""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+# So that the tool also runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sat.preprocess import Progress, preprocess
+from megatron_sat.training.config import TokenizerType
+from megatron_sat.training.tokenizer import build_tokenizer
+
+_SECONDS_PER_FRAME = 0.2
+_SECONDS_PER_LINE = 10.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, one object a line")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="texts (default: text)")
+    add(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P_KEY_document.bin and .idx for each key",
+    )
+    add("--tokenizer-type", choices=get_args(TokenizerType), required=True, help="tokenizer")
+    add("--tokenizer-model", help="SentencePiece file or Hugging Face tokenizer folder")
+    add("--vocab-size", type=int, help="vocabulary of NullTokenizer, whose text is token ids")
+    add("--append-eod", action="store_true", help="end each document with the end-of-text token")
+    add("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    return parser
+
+
+def _lines(console: Console) -> Callable[[Progress], None]:
+    """Reports for a log: a line now and then."""
+    begin = last = time.monotonic()
+
+    def show(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_PER_LINE:
+            last = now
+            console.print(
+                f"{progress.bytes_done / progress.bytes_total:.1%} | "
+                f"{progress.documents:,} documents | {progress.tokens:,} tokens | "
+                f"{progress.tokens / (now - begin):,.0f} tokens/s",
+                highlight=False,
+            )
+
+    return show
+
+
+def _bar(console: Console) -> tuple[Bar, Callable[[Progress], None]]:
+    """A progress bar. It has no thread of its own: worker processes are forked beside it."""
+    bar = Bar(
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[written]}"),
+        TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,
+    )
+    task = bar.add_task("", total=None, written="")
+    last = 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        done = progress.bytes_done == progress.bytes_total
+        if done or now - last >= _SECONDS_PER_FRAME:
+            last = now
+            bar.update(
+                task,
+                completed=progress.bytes_done,
+                total=progress.bytes_total,
+                written=f"{progress.documents:,} documents {progress.tokens:,} tokens",
+                refresh=True,
+            )
+
+    return bar, show
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    console = Console(stderr=True)
+    begin = time.monotonic()
+
+    def run(on_progress: Callable[[Progress], None]) -> Progress:
+        return preprocess(
+            inputs=args.input,
+            output_prefix=args.output_prefix,
+            tokenizer=build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size),
+            json_keys=args.json_keys,
+            workers=args.workers,
+            append_eod=args.append_eod,
+            on_progress=on_progress,
+        )
+
+    try:
+        if console.is_terminal:
+            bar, show = _bar(console)
+            with bar:
+                done = run(show)
+        else:
+            done = run(_lines(console))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted, nothing was written\n")
+    seconds = time.monotonic() - begin
+    empty = f", {done.empty_documents:,} empty left out" if done.empty_documents else ""
+    print(
+        f"wrote {done.documents:,} documents{empty}, {done.tokens:,} tokens "
+        f"in {seconds:.1f} s ({done.tokens / seconds:,.0f} tokens/s)"
+    )
+
+
+if __name__ == "__main__":
+    # A batch system stops a job with SIGTERM: leave as on Ctrl-C, without files behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    main()
