@@ -7,7 +7,6 @@ step it is. Nothing here communicates: the layers bring scores that are already 
 
 import hashlib
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -325,16 +324,22 @@ class SATState:
 
     # What ran
 
+    def kept_units(self, rate: float) -> dict[Module, int | None]:
+        """How many heads and channels of a layer take part at omission ``rate``, after rounding,
+        over all tensor-parallel ranks; None where nothing is left out."""
+        kept: dict[Module, int | None] = {"attention": None, "mlp": None}
+        if rate > 0.0:
+            for site in self.sites.values():
+                count = site.kept_per_group(rate) * site.groups
+                kept[site.module] = count if count < site.units else None
+        return kept
+
     def effective_rates(self) -> dict[Module, float]:
         """The share of units left out in this step after rounding, by module; 0.0 where dense."""
         rates: dict[Module, float] = {"attention": 0.0, "mlp": 0.0}
-        for module in rates:
-            sites = [site for site in self.sites.values() if site.module == module]
-            if self._rate > 0.0 and sites:
-                rates[module] = math.fsum(
-                    1.0 - site.kept_per_group(self._rate) * site.groups / site.units
-                    for site in sites
-                ) / len(sites)
+        kept = self.kept_units(self._rate)
+        for site in self.sites.values():
+            rates[site.module] = 1.0 - (kept[site.module] or site.units) / site.units
         return rates
 
     def checksum(self) -> str | None:

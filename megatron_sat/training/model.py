@@ -188,17 +188,50 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for `deepspeed.initialize`; DeepSpeed's CPU Adam where optimizer states are offloaded.
 
-    The learning-rate schedule sets the rate and the weight decay of each group.
+    The rate is 0 until the learning-rate schedule sets it, and the weight decay, of each group.
     """
     settings = config.optimizer
     groups = parameter_groups(model)
     for group in groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     common: dict[str, Any] = {
-        "lr": settings.lr,
+        "lr": 0.0,
         "betas": (settings.adam_beta1, settings.adam_beta2),
         "eps": settings.adam_eps,
     }
     if offloads_optimizer(deepspeed_config):
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **common)
+
+
+def build_engine(
+    model: torch.nn.Module, config: TrainingConfig, *, deepspeed_config: Mapping[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed's engine around `build_model`'s model, with `build_optimizer`'s optimizer.
+
+    At stage 0 in bf16 two faults of DeepSpeed 0.19 are made good. It takes an optimizer step on
+    zero gradients to allocate the states, and Adam counts it. And it measures the gradient norm on
+    tensors that do not say that they are shards, so that those of all but the first
+    tensor-parallel rank are left out.
+    """
+    optimizer = build_optimizer(model, config, deepspeed_config=deepspeed_config)
+    wrapped = config.bf16 and config.parallel.zero_stage == 0
+    if wrapped:
+        for parameter in model.parameters():
+            if getattr(parameter, "tensor_model_parallel", False):
+                parameter.register_post_accumulate_grad_hook(_mark_shard)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=dict(deepspeed_config),
+        mpu=ModelParallelUnit(),
+        dist_init_required=False,
+    )
+    if wrapped:
+        optimizer.state.clear()
+    return engine
+
+
+def _mark_shard(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.tensor_model_parallel = True  # type: ignore[attr-defined]

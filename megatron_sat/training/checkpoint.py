@@ -1,0 +1,219 @@
+"""Checkpoints: DeepSpeed's files, and beside them everything else that makes a resume exact.
+
+A checkpoint is a folder ``<save>/global_step<N>``. DeepSpeed writes parameters and optimizer states
+there; ``run_state.json`` holds progress, configuration, learning-rate schedule and SAT state,
+``sat_rankings.safetensors`` the rankings of a static selection, ``random_rank_<R>.safetensors`` the
+random states. It is written under another name and renamed when every rank has finished; only then
+does ``<save>/latest`` name it. So ``latest`` always names a complete checkpoint.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from megatron_sat.config import SATConfig
+from megatron_sat.state import SATState
+from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.random_state import load_random_state, save_random_state
+
+LATEST = "latest"
+RUN_STATE = "run_state.json"
+RANKINGS = "sat_rankings.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands."""
+
+    iteration: int = 0
+    """Steps done, skipped ones included."""
+    consumed_samples: int = 0
+    """Sequences trained on, all ranks."""
+    consumed_tokens: int = 0
+    """Tokens trained on, all ranks."""
+    skipped_steps: int = 0
+    """Steps without an update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCheckpoint:
+    """A checkpoint on disk, described."""
+
+    folder: Path
+    progress: Progress
+    config: TrainingConfig
+    run_state: Mapping[str, Any]
+
+
+def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpoint:
+    """The checkpoint of ``load`` that ``latest`` names, or that of ``iteration``.
+
+    Reads its description only. ValueError, naming the folder, if there is none.
+    """
+    if iteration is not None:
+        folder = Path(load) / _tag(iteration)
+    else:
+        latest = Path(load) / LATEST
+        try:
+            folder = Path(load) / latest.read_text().strip()
+        except OSError as error:
+            raise ValueError(
+                f"--load {load}: there is no checkpoint, the file {latest} cannot be read "
+                f"({error.strerror}); give the --save folder of an earlier run"
+            ) from error
+    path = folder / RUN_STATE
+    try:
+        run_state = json.loads(path.read_text())
+        return StoredCheckpoint(
+            folder=folder,
+            progress=Progress(**run_state["progress"]),
+            config=TrainingConfig.from_dict(run_state["config"]),
+            run_state=run_state,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"--load {load}: {folder.name} is not a checkpoint of this trainer, {path} cannot be "
+            f"read ({error.strerror})"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--load {load}: {path} is damaged: {error}") from error
+
+
+def check_compatible(
+    stored: StoredCheckpoint, config: TrainingConfig, *, world_size: int, padded_vocab_size: int
+) -> None:
+    """Whether ``config`` may go on from ``stored``; ValueError that shows both values if not."""
+    load = config.checkpoint.load
+    _compare(f"--load {load}", stored.config.architecture(), config.architecture(), "")
+    layout = {"world_size": world_size, "padded_vocab_size": padded_vocab_size}
+    stored_layout = {name: stored.run_state[name] for name in layout}
+    for name in ("tensor_model_parallel_size", "zero_stage"):
+        layout[name] = getattr(config.parallel, name)
+        stored_layout[name] = getattr(stored.config.parallel, name)
+    layout["bf16"], stored_layout["bf16"] = config.bf16, stored.config.bf16
+    _compare(f"--load {load}", stored_layout, layout, "")
+    if config.finetune or config.override_sat_schedule:
+        return
+    _compare(
+        f"--load {load}",
+        _schedule(stored.config.sat),
+        _schedule(config.sat),
+        "; give --override-sat-schedule if the change is meant, or --finetune for a new stage",
+    )
+
+
+def _schedule(sat: SATConfig | None) -> dict[str, Any]:
+    """What decides the subsets of every step. Selection groups are not among it: a resumed run
+    takes the stored ones unless it names its own."""
+    settings = sat.to_dict() if sat is not None else {}
+    settings.pop("selection_groups", None)
+    return {"sat_omission_rate": 0.0} | {f"sat_{name}": value for name, value in settings.items()}
+
+
+def _compare(where: str, stored: dict[str, Any], wanted: dict[str, Any], advice: str) -> None:
+    differences = [
+        f"{name} is {stored.get(name)} in the checkpoint and {wanted.get(name)} in this run"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ValueError(f"{where}: " + "; ".join(differences) + advice)
+
+
+def save_checkpoint(
+    engine: Any,
+    *,
+    config: TrainingConfig,
+    progress: Progress,
+    state: SATState,
+    scheduler_state: Mapping[str, Any],
+    padded_vocab_size: int,
+) -> Path:
+    """Write ``<save>/global_step<iteration>`` and then let ``latest`` name it. Collective."""
+    assert config.checkpoint.save is not None
+    save = Path(config.checkpoint.save)
+    tag = _tag(progress.iteration)
+    unfinished = save / f"unfinished-{tag}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(str(save), tag=unfinished.name, save_latest=False)
+    save_random_state(unfinished / _random_file(dist.get_rank()))
+    if dist.get_rank() == 0:
+        sat_state = state.state_dict()
+        rankings = sat_state.pop("rankings")
+        if rankings:
+            save_file(rankings, unfinished / RANKINGS)
+        run_state = {
+            "format": _FORMAT,
+            "progress": asdict(progress),
+            "config": config.to_dict(),
+            "world_size": dist.get_world_size(),
+            "padded_vocab_size": padded_vocab_size,
+            "scheduler": dict(scheduler_state),
+            "sat": sat_state,
+        }
+        (unfinished / RUN_STATE).write_text(json.dumps(run_state, indent=2) + "\n")
+    dist.barrier()
+    folder = save / tag
+    if dist.get_rank() == 0:
+        if folder.exists():  # the same iteration again, after a resume from an earlier one
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+        pointer = save / f"{LATEST}.tmp"
+        pointer.write_text(tag)
+        os.replace(pointer, save / LATEST)
+    dist.barrier()
+    return folder
+
+
+def load_checkpoint(
+    engine: Any, stored: StoredCheckpoint, *, config: TrainingConfig, state: SATState
+) -> Progress:
+    """Bring ``engine``, ``state`` and the random states to where ``stored`` was saved. Collective.
+
+    With ``--finetune``: the weights alone, at iteration 0. ``--no-load-optim`` starts the optimizer
+    anew, ``--no-load-rng`` keeps the random states of this run.
+    """
+    # Always with optimizer states: without them, DeepSpeed rebuilds a ZeRO-3 model from all files
+    # on every rank, and knows no tensor parallelism there.
+    engine.load_checkpoint(str(stored.folder.parent), tag=stored.folder.name)
+    if config.finetune or config.checkpoint.no_load_optim:
+        _reset_optimizer(engine)
+    if config.finetune:
+        engine.global_steps = engine.global_samples = engine.skipped_steps = 0
+        return Progress()
+    sat_state = dict(stored.run_state["sat"])
+    rankings = stored.folder / RANKINGS
+    sat_state["rankings"] = load_file(rankings) if rankings.exists() else {}
+    state.load_state_dict(sat_state)
+    if not config.checkpoint.no_load_rng:
+        load_random_state(stored.folder / _random_file(dist.get_rank()))
+    return stored.progress
+
+
+def _reset_optimizer(engine: Any) -> None:
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif name == "step":  # DeepSpeed's CPU Adam counts in a plain number
+                values[name] = 0
+
+
+def _tag(iteration: int) -> str:
+    return f"global_step{iteration}"
+
+
+def _random_file(rank: int) -> str:
+    return f"random_rank_{rank:05d}.safetensors"

@@ -1,0 +1,282 @@
+"""The training loop."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_sat.flops import ModelShape, training_flops
+from megatron_sat.state import SATState
+from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
+from megatron_sat.training.checkpoint import Progress, save_checkpoint
+from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.data import Datasets
+from megatron_sat.training.display import Display
+from megatron_sat.training.gradients import discard_gradients, gradient_norm
+from megatron_sat.training.learning_rate import LearningRate
+from megatron_sat.training.meter import IntervalMeter
+from megatron_sat.training.metrics import EvalRecord, MetricsSinks, TrainRecord
+
+
+class Trainer:
+    """One training run, from where ``progress`` stands to ``config.train_iters``.
+
+    ``engine`` is DeepSpeed's, around a model of :func:`megatron_sat.training.model.build_model`
+    whose layers share ``state``. All ranks make one and call :meth:`train`.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        engine: Any,
+        state: SATState,
+        datasets: Datasets,
+        learning_rate: LearningRate,
+        progress: Progress,
+        padded_vocab_size: int,
+        sinks: MetricsSinks,
+        display: Display,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.state = state
+        self.datasets = datasets
+        self.learning_rate = learning_rate
+        self.padded_vocab_size = padded_vocab_size
+        self.sinks = sinks
+        self.display = display
+        self.iteration = progress.iteration
+        self.consumed_samples = progress.consumed_samples
+        self._saved_at: int | None = None
+        self._evaluated_at = progress.iteration if progress.iteration else None
+        self._device = engine.device
+        self._data_parallel_group = parallel_state.get_data_parallel_group()
+        self._shape = model_shape(config, padded_vocab_size)
+        # DeepSpeed neither measures nor checks gradients there.
+        self._checks_gradients = config.parallel.zero_stage == 0 and not config.bf16
+        self._gradient_norm: Tensor | float | None = None
+        self._meter = IntervalMeter(
+            device=self._device,
+            data_parallel_group=self._data_parallel_group,
+            devices=dist.get_world_size(),
+            tokens=progress.consumed_tokens,
+            skipped_steps=progress.skipped_steps,
+        )
+
+    def train(self) -> None:
+        """Run all steps that are left, evaluating, logging and saving on the way."""
+        config = self.config
+        if self.iteration == 0:
+            self.evaluate()
+        self.engine.train()
+        batches = self._train_batches()
+        self._meter.start()
+        while self.iteration < config.train_iters:
+            self.train_step(batches)
+            self.display.step(self.iteration)
+            is_last = self.iteration == config.train_iters
+            if is_last or self.iteration % config.logging.log_interval == 0:
+                self.log()
+            if is_last or self.iteration % config.eval_interval == 0:
+                with self._meter.paused():
+                    self.evaluate()
+            interval = config.checkpoint.save_interval
+            if is_last or (interval and self.iteration % interval == 0):
+                with self._meter.paused():
+                    self.save()
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step over all its micro-batches."""
+        config, engine = self.config, self.engine
+        self.learning_rate.set_iteration(self.iteration)
+        self.state.begin_step(self.iteration + 1)
+        for index in range(engine.gradient_accumulation_steps()):
+            batch = next(batches).to(self._device)
+            self.state.begin_micro_batch(index, batch.token_mask)
+            loss_sum, count = self._loss(batch)
+            self._meter.add_loss(loss_sum, count)
+            engine.backward(loss_sum / count.clamp(min=1.0))
+            if engine.is_gradient_accumulation_boundary() and self._checks_gradients:
+                self._check_gradients()
+            engine.step()
+        skipped = not engine.was_step_applied()
+        if self._checks_gradients:
+            skipped = not math.isfinite(float(self._gradient_norm))
+        else:
+            self._gradient_norm = engine.get_global_grad_norm()
+        self.iteration += 1
+        self.consumed_samples += config.global_batch_size
+        tokens = config.global_batch_size * config.model.seq_length
+        self._meter.end_step(
+            tokens=tokens,
+            executed_flops=self._flops(tokens, self.state.rate),
+            dense_flops=self._flops(tokens, 0.0),
+            skipped=skipped,
+        )
+
+    def _check_gradients(self) -> None:
+        self._gradient_norm = gradient_norm(self.engine.module)
+        if not math.isfinite(float(self._gradient_norm)):
+            discard_gradients(self.engine.module)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of the tokens that count, and their number: scalars."""
+        packed = None
+        if batch.cu_seqlens is not None:
+            packed = PackedSeqParams(
+                qkv_format="sbhd",
+                cu_seqlens_q=batch.cu_seqlens,
+                cu_seqlens_kv=batch.cu_seqlens,
+                max_seqlen_q=batch.max_seqlen,
+                max_seqlen_kv=batch.max_seqlen,
+            )
+        losses = self.engine(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=batch.labels,
+            packed_seq_params=packed,
+        )
+        return (losses.float() * batch.loss_mask).sum(), batch.loss_mask.sum()
+
+    def log(self) -> None:
+        """Record the interval that ends here. Collective."""
+        norm = self._gradient_norm
+        checksum = self.state.checksum()
+        check_equal_subsets(checksum, iteration=self.iteration)
+        record = TrainRecord(
+            iteration=self.iteration,
+            lr=self.learning_rate.lr,
+            grad_norm=None if norm is None else float(norm),
+            omission_rate=self.state.rate,
+            effective_omission_rate=self.state.effective_rates(),
+            selection_checksum=checksum,
+            **self._meter.finish().fields(),
+        )
+        self.sinks.log_train(record)
+        self.display.log_train(record)
+
+    def evaluate(self) -> None:
+        """Loss of every validation set with the dense model, once per iteration. Collective."""
+        if self._evaluated_at == self.iteration or not self.datasets.validation:
+            return
+        self._evaluated_at = self.iteration
+        self.engine.eval()
+        records = [
+            EvalRecord(
+                iteration=self.iteration, dataset=name, validation_loss=self._mean_loss(dataset)
+            )
+            for name, dataset in self.datasets.validation.items()
+        ]
+        self.engine.train()
+        for record in records:
+            self.sinks.log_eval(record)
+        self.display.log_eval(records)
+
+    @torch.no_grad()
+    def _mean_loss(self, dataset: Dataset) -> float:
+        config = self.config
+        total = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for batch in validation_iterator(
+            dataset,
+            samples=config.eval_iters * config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+        ):
+            loss_sum, count = self._loss(batch.to(self._device))
+            total += torch.stack((loss_sum.double(), count.double()))
+        dist.all_reduce(total, group=self._data_parallel_group)
+        loss_sum, count = total.tolist()
+        return loss_sum / count if count else math.nan
+
+    def save(self) -> None:
+        """Write a checkpoint, once per iteration, if there is a place for it. Collective."""
+        if self.config.checkpoint.save is None or self._saved_at == self.iteration:
+            return
+        self._saved_at = self.iteration
+        folder = save_checkpoint(
+            self.engine,
+            config=self.config,
+            progress=self.progress,
+            state=self.state,
+            scheduler_state=self.learning_rate.state_dict(),
+            padded_vocab_size=self.padded_vocab_size,
+        )
+        self.display.message(f" saved {folder}")
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands, for a checkpoint."""
+        return Progress(
+            iteration=self.iteration,
+            consumed_samples=self.consumed_samples,
+            consumed_tokens=self._meter.tokens,
+            skipped_steps=self._meter.skipped_steps,
+        )
+
+    def _train_batches(self) -> Iterator[Batch]:
+        if self.iteration >= self.config.train_iters:
+            return iter(())
+        return train_iterator(
+            self.datasets.train,
+            consumed_samples=self.consumed_samples,
+            micro_batch_size=self.config.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=self.config.data.num_workers,
+        )
+
+    def _flops(self, tokens: int, rate: float) -> int:
+        return step_flops(self.config, self._shape, self.state, tokens=tokens, rate=rate)
+
+
+def model_shape(config: TrainingConfig, padded_vocab_size: int) -> ModelShape:
+    """The sizes that decide what a step costs."""
+    model = config.model
+    return ModelShape(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        vocab_size=padded_vocab_size,
+        seq_length=model.seq_length,
+        gated=model.swiglu,
+    )
+
+
+def step_flops(
+    config: TrainingConfig, shape: ModelShape, state: SATState, *, tokens: int, rate: float
+) -> int:
+    """Floating-point operations of training on ``tokens`` tokens at omission ``rate``."""
+    kept: Mapping[str, int | None] = state.kept_units(rate)
+    return training_flops(
+        shape,
+        tokens=tokens,
+        heads_kept=kept["attention"],
+        channels_kept=kept["mlp"],
+        recompute=config.parallel.recompute_granularity,
+    )
+
+
+def check_equal_subsets(checksum: str | None, *, iteration: int) -> None:
+    """RuntimeError on all ranks, with the values, if they do not run the same subsets. Collective.
+
+    Tensor-parallel ranks that left out different units would train on wrong numbers silently.
+    """
+    checksums: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(checksums, checksum)
+    for rank, other in enumerate(checksums):
+        if other != checksums[0]:
+            raise RuntimeError(
+                f"iteration {iteration}: the subsets of rank {rank} have checksum {other}, those "
+                f"of rank 0 {checksums[0]}; ranks must leave out the same units"
+            )

@@ -1,0 +1,164 @@
+"""A run from its command line to its end: builds what the loop needs, in the order in which
+mistakes can be found soonest."""
+
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import megatron.core
+import torch
+import torch.distributed as dist
+
+import megatron_sat
+from megatron_sat.state import SATState
+from megatron_sat.training.checkpoint import (
+    Progress,
+    StoredCheckpoint,
+    check_compatible,
+    find_checkpoint,
+    load_checkpoint,
+)
+from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.data import build_datasets
+from megatron_sat.training.deepspeed_config import build_deepspeed_config
+from megatron_sat.training.display import Display, open_display
+from megatron_sat.training.initialize import initialize, ranks_agree, start
+from megatron_sat.training.learning_rate import LearningRate
+from megatron_sat.training.loop import Trainer, model_shape, step_flops
+from megatron_sat.training.metrics import MetricsSinks, open_sinks
+from megatron_sat.training.model import build_model, build_optimizer, padded_vocab_size
+from megatron_sat.training.tokenizer import Tokenizer, build_tokenizer
+from megatron_sat.training.validation import check_paths, check_sat_layout
+
+
+def pretrain(argv: Sequence[str] | None = None) -> None:
+    """Continue a pre-training as the command line says (``sys.argv`` by default).
+
+    Every rank calls this. A mistake of the user's is raised on all ranks, before training starts
+    and with nothing written: see :func:`megatron_sat.training.initialize.run`.
+    """
+    config = start(argv)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    stored: StoredCheckpoint | None = None
+    with ranks_agree("checking the configuration"):
+        resuming = config.checkpoint.load is not None and not config.finetune
+        check_sat_layout(config, resuming=resuming)
+        deepspeed_config = build_deepspeed_config(config, world_size=world_size)
+        check_paths(config, rank=rank)
+        tokenizer = build_tokenizer(
+            config.data.tokenizer_type, config.data.tokenizer_model, config.model.vocab_size
+        )
+        padded_vocab = _padded_vocab(config, tokenizer)
+        if config.checkpoint.load is not None:
+            stored = find_checkpoint(
+                config.checkpoint.load, iteration=config.checkpoint.ckpt_step
+            )
+            check_compatible(
+                stored, config, world_size=world_size, padded_vocab_size=padded_vocab
+            )
+        mpu = initialize(config)
+    datasets = build_datasets(config, tokenizer)
+
+    state = SATState(config.sat)
+    model = build_model(
+        config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config
+    )
+    optimizer = build_optimizer(model, config, deepspeed_config=deepspeed_config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu
+    )
+    learning_rate = LearningRate(engine.optimizer, config.optimizer)
+    progress = Progress()
+    if stored is not None:
+        progress = load_checkpoint(engine, stored, config=config, state=state)
+        with ranks_agree("continuing the learning-rate schedule"):
+            if not config.finetune:
+                learning_rate.load_state_dict(
+                    stored.run_state["scheduler"], iteration=progress.iteration
+                )
+
+    sinks, display = MetricsSinks([]), Display()
+    with ranks_agree("opening the logs"):
+        if rank == 0:
+            sinks = open_sinks(
+                config.logging,
+                save=config.checkpoint.save,
+                start_iteration=progress.iteration,
+                settings=config.to_dict(),
+            )
+    if rank == 0:
+        shape = model_shape(config, padded_vocab)
+        schedule = state.schedule
+
+        def step_work(step: int) -> float:
+            rate = 0.0 if schedule is None else schedule.rate(step)
+            return float(step_flops(config, shape, state, tokens=1, rate=rate))
+
+        display = open_display(
+            total_iterations=config.train_iters,
+            start_iteration=progress.iteration,
+            step_work=step_work,
+            first_validation_losses=sinks.first_validation_losses,
+        )
+    with display:
+        display.message(_describe(config, engine, stored, progress))
+        try:
+            Trainer(
+                config,
+                engine=engine,
+                state=state,
+                datasets=datasets,
+                learning_rate=learning_rate,
+                progress=progress,
+                padded_vocab_size=padded_vocab,
+                sinks=sinks,
+                display=display,
+            ).train()
+        finally:
+            sinks.close()
+
+
+def _padded_vocab(config: TrainingConfig, tokenizer: Tokenizer) -> int:
+    return padded_vocab_size(
+        config.model.vocab_size or tokenizer.vocab_size,
+        divisible_by=config.model.make_vocab_size_divisible_by,
+        tensor_parallel=config.parallel.tensor_model_parallel_size,
+    )
+
+
+def _describe(
+    config: TrainingConfig, engine: Any, stored: StoredCheckpoint | None, progress: Progress
+) -> str:
+    """What runs, in a few lines."""
+    parallel, world_size = config.parallel, dist.get_world_size()
+    parameters = sum(
+        getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()
+    )
+    device = platform.machine() + " CPU"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    lines = [
+        f" megatron_sat {megatron_sat.__version__}, torch {torch.__version__}, "
+        f"DeepSpeed {deepspeed.__version__}, Megatron-core {megatron.core.__version__}",
+        f" {world_size} x {device}: data parallel {config.data_parallel_size(world_size)}, "
+        f"tensor parallel {parallel.tensor_model_parallel_size}"
+        f"{' with sequence parallel' if parallel.sequence_parallel else ''}, "
+        f"ZeRO stage {parallel.zero_stage}, {'bfloat16' if config.bf16 else 'float32'}",
+        f" {parameters / 1e6:.1f}M parameters per tensor-parallel rank; "
+        f"{config.global_batch_size} sequences of {config.model.seq_length} tokens a step, "
+        f"{config.gradient_accumulation_steps(world_size)} micro-batches on each rank",
+    ]
+    if config.sat is None:
+        lines.append(" dense training (no --sat-omission-rate)")
+    else:
+        sat = config.sat
+        lines.append(
+            f" sparsity-accelerated training: rate {sat.omission_rate} up to step "
+            f"{sat.decay_start_step} of {sat.total_steps}, then {sat.schedule}; {sat.metric}, "
+            f"{sat.selection}, {' and '.join(sat.modules)}"
+        )
+    if stored is not None:
+        how = "weights of" if config.finetune else "continuing"
+        lines.append(f" {how} {stored.folder}, at iteration {progress.iteration}")
+    return "\n".join(lines)
