@@ -93,7 +93,7 @@ def _documents(
     """-> [s, b, n, d]"""
     s, b = q.shape[:2]
     flash = _flash_attn_for(q)
-    reason = _varlen_unusable(q, k) if flash is None else None
+    reason = _varlen_unusable(q) if flash is None else None
     if reason is not None:
         if q.is_cuda:
             warn_once(f"attention within documents uses a mask of s x s elements ({reason})")
@@ -110,9 +110,10 @@ def _documents(
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     else:
-        varlen, _ = _varlen()
+        varlen, options = _varlen()
         assert varlen is not None
-        grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+        # PyTorch 2.11 takes groups without being told.
+        grouped = {"enable_gqa": q.shape[2] != k.shape[2]} if "enable_gqa" in options else {}
         # A window of (-1, 0), everything before and nothing after, is how it is told causal.
         out = varlen(*packed, *lengths, scale=scale, window_size=(-1, 0), **grouped)
     return out.view(b, s, *q.shape[2:]).transpose(0, 1)
@@ -179,12 +180,11 @@ def _varlen() -> tuple[_Attention | None, frozenset[str]]:
     return cast(_Attention, varlen_attn), frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _varlen_unusable(q: Tensor, k: Tensor) -> str | None:
+def _varlen_unusable(q: Tensor) -> str | None:
     """Why PyTorch's variable-length attention cannot take operands like these, if so."""
     if not q.is_cuda:
         return "PyTorch's variable-length attention runs on CUDA alone"
-    needed = {"scale", "window_size"} | ({"enable_gqa"} if q.shape[2] != k.shape[2] else set())
-    missing = sorted(needed - _varlen()[1])
+    missing = sorted({"scale", "window_size"} - _varlen()[1])
     if missing:
         return f"this PyTorch's variable-length attention lacks {', '.join(missing)}"
     return _flash_kernel_unusable(q)

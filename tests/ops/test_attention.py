@@ -147,8 +147,8 @@ def test_torch_varlen_gets_its_layout_and_options(monkeypatch: pytest.MonkeyPatc
         packed = [x[:, None] for x in (query, key, value)]
         return reference(*packed, scale, cu_seq_q).view(B * S, -1, D)
 
-    monkeypatch.setattr(attention, "_varlen", lambda: (varlen_attn, frozenset()))
-    monkeypatch.setattr(attention, "_varlen_unusable", lambda q, k: None)
+    monkeypatch.setattr(attention, "_varlen", lambda: (varlen_attn, frozenset({"enable_gqa"})))
+    monkeypatch.setattr(attention, "_varlen_unusable", lambda q: None)
 
     def attend(*qkv: Tensor, **options: Any) -> Tensor:
         return causal_attention(*qkv, max_seqlen=12, **options)

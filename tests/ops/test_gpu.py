@@ -114,7 +114,7 @@ def test_row_reductions(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("unit", "sections", "kept"), [(1, 2, 384), (64, 1, 9)])
-def test_sliced_linears_in_bfloat16(unit: int, sections: int, kept: int, no_waiting: None) -> None:
+def test_sliced_linears_in_bfloat16(unit: int, sections: int, kept: int) -> None:
     """Within bfloat16's error of the same in float64, and never waiting for the GPU."""
     units = 1024 // unit
     index = draw(units, kept)
@@ -163,7 +163,9 @@ def test_attention_in_bfloat16(
     s, b, scale = 512, 2, d**-0.5
     if documents == "mask":
         monkeypatch.setattr(attention, "_flash_attn_for", lambda q: None)
-        monkeypatch.setattr(attention, "_varlen_unusable", lambda q, k: "told so by a test")
+        monkeypatch.setattr(attention, "_varlen_unusable", lambda q: "told so by a test")
+    else:
+        monkeypatch.delattr(attention, "document_mask")
     cu_seqlens = document = None
     if documents is not None:
         cu_seqlens = torch.tensor([0, 100, 512, 512, 900, 1024], dtype=torch.int32, device="cuda")
@@ -182,6 +184,12 @@ def test_attention_in_bfloat16(
         with no_waiting():
             out = causal_attention(*leaves, scale=scale, cu_seqlens=cu_seqlens)
             grads = torch.autograd.grad(out, leaves, dout)
+        if deterministic:
+            again = causal_attention(*leaves, scale=scale, cu_seqlens=cu_seqlens)
+            for value, repeated in zip(
+                grads, torch.autograd.grad(again, leaves, dout), strict=True
+            ):
+                assert torch.equal(value, repeated)
     finally:
         torch.use_deterministic_algorithms(False)
 
