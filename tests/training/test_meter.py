@@ -105,7 +105,7 @@ def test_a_summary_fills_a_record():
 
 
 def loss_over_data_parallel_ranks() -> float:
-    """Two data-parallel ranks of two tensor-parallel ranks each, which see the same tokens."""
+    """Two data-parallel groups; what the second one sees is higher by 10, to tell them apart."""
     from megatron.core import parallel_state
 
     on_gpu = dist.get_backend() == "nccl"
@@ -114,12 +114,13 @@ def loss_over_data_parallel_ranks() -> float:
     meter = IntervalMeter(device=device, data_parallel_group=group)
     replica = parallel_state.get_data_parallel_rank()
     count = (10, 90)[replica]
-    meter.add_loss(scalar((1.0, 2.0)[replica] * count).to(device), scalar(count).to(device))
+    loss = (1.0, 2.0)[replica] + 10.0 * parallel_state.get_tensor_model_parallel_rank()
+    meter.add_loss(scalar(loss * count).to(device), scalar(count).to(device))
     meter.end_step(tokens=100, executed_flops=0.0, dense_flops=0.0)
     assert dist.get_world_size() == 4
     return meter.finish().loss
 
 
-def test_ranks_are_combined_by_their_tokens():
+def test_data_parallel_ranks_are_combined_by_their_tokens():
     losses = run_on_ranks(loss_over_data_parallel_ranks, 4, tensor_parallel=2)
-    assert losses == [pytest.approx(1.9)] * 4
+    assert losses == pytest.approx([1.9, 11.9, 1.9, 11.9])
