@@ -12,13 +12,13 @@ from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.batches import document_boundaries
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.deepspeed_config import build_deepspeed_config
-from megatron_sat.training.initialize import ModelParallelUnit, set_seeds
+from megatron_sat.training.initialize import set_seeds
+from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.model import (
+    build_engine,
     build_model,
     build_optimizer,
     padded_vocab_size,
-    parameter_groups,
-    transformer_config,
 )
 
 SEQUENCE, VOCAB = 16, 64
@@ -77,36 +77,38 @@ def test_initial_parameters_do_not_depend_on_tensor_parallelism():
     assert not torch.equal(halves[0][name], halves[1][name])
 
 
-def train(flags: list[str], steps: int, hooks: bool = True) -> dict[str, object]:
-    """Losses, gradient norms and parameters of a few steps; each data-parallel rank has its own
-    data, tensor-parallel ranks share it."""
+def train(flags: list[str], steps: int, hooks: bool = True, nan_at: int = 0) -> dict[str, object]:
+    """Losses, gradient norms and parameters of a few steps. Each data-parallel rank has its own
+    data, which tensor-parallel ranks share; the last rank's loss is NaN in step `nan_at`."""
     world_size = torch.distributed.get_world_size()
     config = training_config(*flags, world_size=world_size)
     model, settings = build(config, world_size)
     if not hooks:
         for parameter in model.parameters():
             parameter._backward_hooks = None
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(model, config, deepspeed_config=settings),
-        config=settings,
-        mpu=ModelParallelUnit(),
-        dist_init_required=False,
-    )
+    engine = build_engine(model, config, deepspeed_config=settings)
+    learning_rate = LearningRate(engine.optimizer, config.optimizer)
     data = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
+    positions = torch.arange(SEQUENCE, device=engine.device).expand(2, -1)
     losses, norms = [], []
-    for _ in range(steps):
+    for step in range(1, steps + 1):
+        learning_rate.set_iteration(step - 1)
         for _ in range(config.gradient_accumulation_steps(world_size)):
-            tokens = torch.randint(VOCAB, (2, SEQUENCE + 1), generator=data)
-            positions = torch.arange(SEQUENCE).expand(2, -1)
-            tokens = tokens.to(engine.device)
-            positions = positions.to(engine.device)
-            loss = engine(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+            tokens = torch.randint(VOCAB, (2, SEQUENCE + 1), generator=data).to(engine.device)
+            loss = engine(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).float().mean()
+            losses.append(float(loss))
+            if step == nan_at and torch.distributed.get_rank() == world_size - 1:
+                loss = loss * float("nan")
             engine.backward(loss)
             engine.step()
-        losses.append(float(loss))
-        norms.append(engine.get_global_grad_norm())
-    result = {"losses": losses, "norms": norms, "parameters": whole(engine.module)}
+        norm = engine.get_global_grad_norm()
+        norms.append(None if norm is None else float(norm))
+    result = {
+        "losses": losses,
+        "norms": norms,
+        "parameters": whole(engine.module),
+        "skipped": engine.skipped_steps,
+    }
     engine.destroy()
     return result
 
@@ -139,3 +141,130 @@ def test_replicated_parameters_drift_without_the_hooks():
     flags = ["--zero-stage", "3", *REPLICATED, "--sequence-parallel"]
     results = run_on_ranks(train, 2, flags, 4, False, tensor_parallel=2)
     assert largest_difference(results) > 1e-3
+
+
+LAYOUTS = {"dp 2": [], "tp 2": ["--tensor-model-parallel-size", "2", "--sequence-parallel"]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", ["--bf16", None])
+def test_zero_stages_train_alike(layout, precision):
+    flags = [*LAYOUTS[layout], *([precision] if precision else []), "--lr-decay-style", "constant"]
+    ranks = 2 if "--sequence-parallel" in flags else 1
+    results = [
+        run_on_ranks(train, 2, [*flags, "--zero-stage", stage], 4, tensor_parallel=ranks)[0]
+        for stage in ("0", "1", "2", "3")
+    ]
+    # A tenth of what one step changes; rounding in bf16 moves later losses by less.
+    loss_tolerance, norm_tolerance = (5e-3, 2e-2) if precision else (1e-5, 1e-5)
+    for result in results[1:]:
+        assert result["losses"] == pytest.approx(results[0]["losses"], abs=loss_tolerance)
+        assert result["norms"] == pytest.approx(results[1]["norms"], rel=norm_tolerance)
+    if precision:
+        assert results[0]["norms"] == pytest.approx(results[1]["norms"], rel=norm_tolerance)
+    else:
+        assert results[0]["norms"] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--zero-stage", stage] for stage in "123"]
+    + [["--bf16", "--zero-stage", stage] for stage in "0123"],
+    ids=" ".join,
+)
+def test_non_finite_gradients_skip_the_step(flags):
+    (before, _), (after, _) = (run_on_ranks(train, 2, flags, steps, nan_at=2) for steps in (1, 2))
+    assert (before["skipped"], after["skipped"]) == (0, 1)
+    assert math.isinf(after["norms"][1])
+    for name, value in after["parameters"].items():
+        assert torch.equal(value, before["parameters"][name])
+
+
+def logits(flags: list[str], tokens: torch.Tensor, eod: int, masked: bool) -> torch.Tensor:
+    """[b, s, vocabulary] of a new model; positions restart after each `eod`, and with `masked`
+    attention does, too."""
+    # Weights large enough for attention to differ from an average over tokens.
+    config = training_config("--zero-stage", "0", "--init-method-std", "0.3", *flags)
+    model, _ = build(config, 1)
+    positions = torch.zeros_like(tokens)
+    for row, ids in enumerate(tokens.tolist()):
+        count = 0
+        for column, token in enumerate(ids):
+            positions[row, column] = count
+            count = 0 if token == eod else count + 1
+    packed = None
+    if masked:
+        boundaries, longest = document_boundaries(tokens, eod=eod)
+        packed = PackedSeqParams(
+            qkv_format="sbhd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return model(tokens.to(device), positions.to(device), None, packed_seq_params=packed)
+
+
+def packed_documents() -> tuple[torch.Tensor, int]:
+    eod = VOCAB - 1
+    tokens = torch.randint(eod, (2, SEQUENCE), generator=torch.Generator().manual_seed(5))
+    tokens[0, 4] = tokens[1, 8] = eod
+    return tokens, eod
+
+
+def test_documents_packed_with_mask_and_positions_give_their_own_logits():
+    tokens, eod = packed_documents()
+    (packed,) = run_on_ranks(logits, 1, ["--reset-position-ids"], tokens, eod, True)
+    for row, end in ((0, 5), (1, 9)):
+        for part in (slice(0, end), slice(end, SEQUENCE)):
+            document = tokens[row : row + 1, part]
+            (alone,) = run_on_ranks(logits, 1, [], document, eod, False)
+            torch.testing.assert_close(packed[row, part], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_restart_only_with_the_flag():
+    tokens, eod = packed_documents()
+    runs = {
+        (flag, masked): run_on_ranks(logits, 1, [flag] if flag else [], tokens, eod, masked)[0]
+        for flag in ("--reset-position-ids", "")
+        for masked in (False, True)
+    }
+    first = slice(0, 5)  # the first document of row 0 is the same in all cases
+    for result in runs.values():
+        torch.testing.assert_close(result[0, first], runs["", False][0, first], rtol=0, atol=1e-4)
+    # Rotary positions are relative: within a document alone nothing shows that they restart.
+    torch.testing.assert_close(
+        runs["", True], runs["--reset-position-ids", True], rtol=0, atol=1e-4
+    )
+    assert (runs["", False] - runs["--reset-position-ids", False])[0, 5:].abs().max() > 0.1
+    assert (runs["", False] - runs["", True])[0, 5:].abs().max() > 0.1
+
+
+def groups(flags: list[str]) -> list[tuple[float, list[str]]]:
+    model, settings = build(training_config("--add-bias-linear", *flags), 1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(
+        model, training_config("--weight-decay", "0.1"), deepspeed_config=settings
+    )
+    return [
+        (group["weight_decay"], [names[id(parameter)] for parameter in group["params"]])
+        for group in optimizer.param_groups
+    ]
+
+
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_norms_and_biases_do_not_decay(stage):
+    ((decayed, others),) = run_on_ranks(groups, 1, ["--zero-stage", stage, "--qk-layernorm"])
+    assert (decayed[0], others[0]) == (0.1, 0.0)
+    assert len(decayed[1]) == 2 * 4 + 1  # four linears a layer, and the tied embedding
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed[1])
+    assert len(others[1]) == 2 * (4 + 4) + 1
+
+
+def test_vocabulary_is_padded_for_all_ranks():
+    assert padded_vocab_size(50257, divisible_by=128, tensor_parallel=1) == 50304
+    assert padded_vocab_size(50257, divisible_by=128, tensor_parallel=8) == 51200
+    assert padded_vocab_size(51200, divisible_by=128, tensor_parallel=8) == 51200
