@@ -19,10 +19,8 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import megatron.core
 import numpy as np
@@ -38,9 +36,9 @@ from megatron.core.datasets.utils import Split, normalize
 from megatron_sat.training.batches import Dataset
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.indexed_data import IndexedData, check_token_ids, inspect
+from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.tokenizer import Tokenizer
 
-T = TypeVar("T")
 _WHOLE = (0.0, 1.0)
 
 
@@ -99,53 +97,32 @@ def _number(value: str) -> float | None:
 
 
 def build_datasets(config: TrainingConfig, tokenizer: Tokenizer) -> Datasets:
-    """Check the data, index them and open them. Every rank calls this; errors are raised on all.
+    """Check the data, index them and open them. Every rank calls this.
 
-    Raises ValueError that names the flag and the file: files that are missing, truncated or not a
-    data set, bad blend weights, token ids beyond the vocabulary, fewer tokens than one sample
-    takes, a cache folder that cannot be written.
+    Raises ValueError (with several ranks `RanksStopped`, on all of them) that names the flag and
+    the file: files that are missing, truncated or not a data set, bad blend weights, token ids
+    beyond the vocabulary, fewer tokens than one sample takes, a cache folder that cannot be
+    written.
     """
-    sources = _together(lambda: _checked_sources(config, tokenizer))
-    caches = {name: _cache_folder(source, config, tokenizer) for name, source in sources.items()}
-
-    def index() -> None:
+    with ranks_agree("checking the data"):
+        sources = _checked_sources(config, tokenizer)
+        caches = {name: _cache_folder(item, config, tokenizer) for name, item in sources.items()}
+    with ranks_agree("indexing the data"):
         if not dist.is_initialized() or dist.get_rank() == 0:
             for name, source in sources.items():
                 _write_cache(source, config, tokenizer, caches[name])
-
-    def load() -> dict[str, Dataset]:
+    with ranks_agree("opening the data"):
         for folder in caches.values():
             if not folder.is_dir():
                 raise ValueError(
                     f"--data-cache-path: the index {folder}, which rank 0 wrote, is not there on "
                     f"rank {dist.get_rank()}; give a folder that all nodes share"
                 )
-        return {
+        datasets = {
             name: _construct(source, _gpt_config(source, config, tokenizer, caches[name]))
             for name, source in sources.items()
         }
-
-    _together(index)
-    datasets = _together(load)
     return Datasets(train=datasets.pop(""), validation=datasets)
-
-
-def _together(action: Callable[[], T]) -> T:
-    """Run `action` on every rank; where it fails on one, raise on all, so that none goes on to
-    wait for the others."""
-    try:
-        result, error = action(), None
-    except Exception as caught:
-        result, error = None, caught
-    if dist.is_initialized():
-        failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if error is None else str(error))
-        failure = next((message for message in failures if message is not None), None)
-        if error is None and failure is not None:
-            raise ValueError(failure)
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]  # an action that returned
 
 
 def _checked_sources(config: TrainingConfig, tokenizer: Tokenizer) -> dict[str, _Source]:

@@ -33,6 +33,7 @@ from megatron_sat.training.config import (
     TrainingConfig,
 )
 from megatron_sat.training.data import Datasets, build_datasets, parse_blend
+from megatron_sat.training.initialize import RanksStopped
 from megatron_sat.training.tokenizer import NullTokenizer
 
 SEQ = 16
@@ -504,6 +505,7 @@ def test_ranks_fail_together(data: Path) -> None:
 
 
 def _failure_on_a_rank(options: dict[str, Any]) -> str:
-    with pytest.raises(ValueError) as failure:
+    with pytest.raises(RanksStopped) as failure:
         build(**options)
+    assert failure.value.by_user
     return str(failure.value)
