@@ -195,6 +195,10 @@ class SATState:
 
     # Sites
 
+    def is_sparse_module(self, module: Module) -> bool:
+        """Whether the configuration leaves units of ``module`` out."""
+        return self.config is not None and module in self.config.modules
+
     def register_site(
         self,
         *,
@@ -211,7 +215,7 @@ class SATState:
         None where the configuration leaves this module dense. ValueError if the layer is there
         already (a state belongs to one model) or if the selection groups do not fit its units.
         """
-        if self.config is None or module not in self.config.modules:
+        if not self.is_sparse_module(module):
             return None
         if self._selection_groups is None:
             self._selection_groups = tensor_parallel_size
@@ -324,19 +328,19 @@ class SATState:
 
     # What ran
 
-    def kept_units(self, rate: float) -> dict[Module, int | None]:
+    def kept_units(self, rate: float) -> dict[str, int | None]:
         """How many heads and channels of a layer take part at omission ``rate``, after rounding,
         over all tensor-parallel ranks; None where nothing is left out."""
-        kept: dict[Module, int | None] = {"attention": None, "mlp": None}
+        kept: dict[str, int | None] = {"attention": None, "mlp": None}
         if rate > 0.0:
             for site in self.sites.values():
                 count = site.kept_per_group(rate) * site.groups
                 kept[site.module] = count if count < site.units else None
         return kept
 
-    def effective_rates(self) -> dict[Module, float]:
+    def effective_rates(self) -> dict[str, float]:
         """The share of units left out in this step after rounding, by module; 0.0 where dense."""
-        rates: dict[Module, float] = {"attention": 0.0, "mlp": 0.0}
+        rates: dict[str, float] = {"attention": 0.0, "mlp": 0.0}
         kept = self.kept_units(self._rate)
         for site in self.sites.values():
             rates[site.module] = 1.0 - (kept[site.module] or site.units) / site.units

@@ -6,9 +6,9 @@ from megatron_sat.layers.mlp import SATMLP
 from megatron_sat.layers.spec import get_gpt_block_sat_spec, get_gpt_layer_sat_spec
 
 __all__ = [
+    "SATMLP",
     "SATColumnParallelLinear",
     "SATCoreAttention",
-    "SATMLP",
     "SATRowParallelLinear",
     "SATSelfAttention",
     "get_gpt_block_sat_spec",

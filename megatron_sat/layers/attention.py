@@ -36,22 +36,23 @@ class SATSelfAttention(SelfAttention):
     ) -> None:
         _check_supported(config)
         super().__init__(config, submodules, layer_number, **kwargs)
+        ranks = self.tp_group.size()
+        if state.is_sparse_module("attention") and config.num_query_groups < ranks:
+            raise ValueError(
+                f"num_query_groups={config.num_query_groups} is less than the tensor-parallel size "
+                f"{ranks}: heads cannot be left out there; use at most {config.num_query_groups} "
+                'tensor-parallel ranks, or modules=("mlp",)'
+            )
         self.site = state.register_site(
             module="attention",
             layer=layer_number,
             units=config.num_attention_heads,
             query_groups=config.num_query_groups,
             tensor_parallel_rank=self.tp_group.rank(),
-            tensor_parallel_size=self.tp_group.size(),
+            tensor_parallel_size=ranks,
         )
         if self.site is None:
             return
-        if config.num_query_groups < self.tp_group.size():
-            raise ValueError(
-                f"num_query_groups={config.num_query_groups} is less than the tensor-parallel size "
-                f"{self.tp_group.size()}: heads cannot be left out there; use at most "
-                f'{config.num_query_groups} tensor-parallel ranks, or modules=("mlp",)'
-            )
         communicator.connect(self.tp_group, sequence_parallel=self.linear_qkv.sequence_parallel)
         layout = HeadLayout(
             groups=self.num_query_groups_per_partition,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelLayout:
-    """``fc1``: ``sections`` blocks (gate and up, or one) of a row per channel, ``[sections * f]``."""
+    """``fc1``: ``sections`` blocks (gate and up, or one) of one row per channel."""
 
     sections: int
     unit: int = field(default=1, init=False)

@@ -76,7 +76,7 @@ class SATColumnParallelLinear(ColumnParallelLinear):
 
     @torch.no_grad()
     def _decide(self, site: Site, input_: Tensor) -> Subset:
-        """Statistic -> scores of this shard's rows -> scores of its units -> all units -> subset."""
+        """Statistic -> scores of this shard's rows -> of its units -> of all units -> subset."""
         config = site.state.require_config()
         finished = input_.new_empty(0)
         if importance.needs_statistic(config.metric):

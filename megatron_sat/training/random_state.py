@@ -40,7 +40,8 @@ def load_random_state(path: Path) -> None:
     """Set what :func:`save_random_state` wrote. ValueError naming a file that is not one."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
             rest = json.loads(file.metadata()["rest"])
     except Exception as error:
         raise ValueError(f"{path} does not hold random states: {error}") from error

@@ -190,9 +190,8 @@ def test_every_metric_and_selection(metric: str, selection: str) -> None:
 def test_at_the_papers_fine_tuning_rate(model: str) -> None:
     """r = 0.96 keeps one head, or one of each KV group, and one multiple of channels."""
     settings = {"omission_rate": 0.96}
-    check(
-        run_on_ranks(compare, 1, model, "float64", False, settings), 1e-12, ("attention", "mlp")
-    )
+    results = run_on_ranks(compare, 1, model, "float64", False, settings)
+    check(results, 1e-12, ("attention", "mlp"))
 
 
 def compare_unbalanced() -> dict:
