@@ -1,0 +1,169 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.deepspeed_config import build_deepspeed_config, offloads_optimizer
+
+REQUIRED = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --train-iters 10 "
+    "--lr 0.001 --data-path data --tokenizer-type NullTokenizer --vocab-size 100"
+).split()
+
+
+def parse(tmp_path: Path, user: object, *flags: str, world_size: int = 2):
+    path = tmp_path / "ds.json"
+    path.write_text(user if isinstance(user, str) else json.dumps(user))
+    return parse_args([*REQUIRED, "--deepspeed_config", str(path), *flags], world_size=world_size)
+
+
+def build(tmp_path: Path, user: object, *flags: str, world_size: int = 2):
+    config = parse(tmp_path, user, *flags, world_size=world_size)
+    return build_deepspeed_config(config, world_size=world_size)
+
+
+def test_flags_alone(tmp_path):
+    flags = "--micro-batch-size 2 --global-batch-size 16 --bf16 --clip-grad 0.5 --zero-stage 2"
+    result = build(tmp_path, {}, *flags.split())
+    assert result["train_micro_batch_size_per_gpu"] == 2
+    assert result["train_batch_size"] == 16
+    assert result["gradient_accumulation_steps"] == 4
+    assert result["gradient_clipping"] == 0.5
+    assert result["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert result["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert result["zero_optimization"]["stage"] == 2
+    assert "stage3_prefetch_bucket_size" not in result["zero_optimization"]
+
+
+def test_stage_3_and_float32_by_default(tmp_path):
+    result = build(tmp_path, {}, "--micro-batch-size", "1")
+    assert result["zero_optimization"]["stage"] == 3
+    assert result["bf16"] == {"enabled": False}
+    assert "data_types" not in result
+    assert result["train_batch_size"] == 2
+
+
+def test_json_fills_what_flags_leave_open(tmp_path):
+    user = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.25,
+        "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": 1,
+            "reduce_bucket_size": 12345,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        },
+        "communication_data_type": "fp32",
+    }
+    config = parse(tmp_path, user)
+    assert (config.micro_batch_size, config.global_batch_size) == (4, 24)
+    assert (config.parallel.zero_stage, config.bf16) == (1, True)
+    assert config.optimizer.clip_grad == 0.25
+    result = build_deepspeed_config(config, world_size=2)
+    assert result["zero_optimization"]["reduce_bucket_size"] == 12345
+    assert result["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert result["communication_data_type"] == "fp32"
+    assert offloads_optimizer(result)
+    assert config.deepspeed_config == user, "the user's own JSON is what a checkpoint carries"
+
+
+def test_micro_batch_follows_from_the_other_two(tmp_path):
+    user = {"train_batch_size": 24, "gradient_accumulation_steps": 3}
+    assert parse(tmp_path, user).micro_batch_size == 4
+
+
+def test_auto_is_filled(tmp_path):
+    user = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": "auto",
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        },
+    }
+    result = build(tmp_path, user, "--micro-batch-size", "2", "--zero-stage", "3")
+    assert "auto" not in json.dumps(result)
+    assert result["zero_optimization"]["stage3_param_persistence_threshold"] == 640
+
+
+def test_unknown_auto_is_refused(tmp_path):
+    user = {"zero_optimization": {"sub_group_size": "auto"}}
+    with pytest.raises(ValueError, match=r'"zero_optimization.sub_group_size".*"auto"'):
+        build(tmp_path, user, "--micro-batch-size", "1")
+
+
+@pytest.mark.parametrize(
+    ("user", "flags", "named"),
+    [
+        (
+            {"zero_optimization": {"stage": 2}},
+            "--zero-stage 3 --micro-batch-size 1",
+            r'--zero-stage is 3 but "zero_optimization.stage".*is 2',
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": 2},
+            "--micro-batch-size 1",
+            r'--micro-batch-size is 1 but "train_micro_batch_size_per_gpu".*is 2',
+        ),
+        (
+            {"train_batch_size": 8},
+            "--micro-batch-size 1 --global-batch-size 4",
+            r'--global-batch-size is 4 but "train_batch_size".*is 8',
+        ),
+        (
+            {"gradient_accumulation_steps": 3},
+            "--micro-batch-size 1 --global-batch-size 4",
+            r'--global-batch-size 4.*makes 2 .*"gradient_accumulation_steps".*is 3',
+        ),
+        (
+            {"gradient_clipping": 1.0},
+            "--micro-batch-size 1 --clip-grad 0.5",
+            r'--clip-grad is 0.5 but "gradient_clipping".*is 1.0',
+        ),
+        (
+            {"bf16": {"enabled": False}},
+            "--micro-batch-size 1 --bf16",
+            r'--bf16 is True but "bf16.enabled".*is False',
+        ),
+        ({"fp16": {"enabled": True}}, "--micro-batch-size 1", r"fp16 is not supported.*--bf16"),
+        (
+            {"optimizer": {"type": "AdamW"}},
+            "--micro-batch-size 1",
+            r'section "optimizer" is not used.*--lr',
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            "--micro-batch-size 1",
+            r'section "scheduler" is not used.*--lr-warmup-iters',
+        ),
+        ("{", "--micro-batch-size 1", r"is not valid JSON"),
+        ("[]", "--micro-batch-size 1", r"must hold a JSON object"),
+        ({}, "", r"--micro-batch-size is required"),
+        (
+            {},
+            "--micro-batch-size 3 --global-batch-size 8",
+            r"--global-batch-size 8 is not a multiple of --micro-batch-size 3 x 2",
+        ),
+    ],
+)
+def test_contradictions_and_bad_files_name_both_sides(tmp_path, user, flags, named):
+    with pytest.raises(ValueError, match=named):
+        parse(tmp_path, user, *flags.split())
+
+
+def test_missing_file():
+    with pytest.raises(ValueError, match=r"--deepspeed_config nowhere.json: No such file"):
+        parse_args([*REQUIRED, "--deepspeed_config", "nowhere.json"])
+
+
+def test_unknown_zero_field_is_refused_before_training(tmp_path):
+    user = {"zero_optimization": {"offload_optimizer": {"device": "disk"}}}
+    with pytest.raises(ValueError, match=r'"zero_optimization" in --deepspeed_config'):
+        build(tmp_path, user, "--micro-batch-size", "1")
