@@ -64,7 +64,9 @@ def run_on_ranks(
     On each rank torch.distributed, DeepSpeed's communication and Megatron's ``parallel_state`` are
     initialised, random states are seeded with 1234, and ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
     ``MASTER_ADDR`` and ``MASTER_PORT`` are set. With at least ``world_size`` GPUs the ranks use
-    NCCL, one GPU each; else gloo and the CPU path of `megatron_sat.cpu`.
+    NCCL, one GPU each; else gloo and the CPU path of `megatron_sat.cpu`. What a case changes in
+    the environment, the random states or the process groups is undone before the next one; the
+    environment of the ranks is otherwise the caller's at its first call.
 
     Args:
         fn: a function at the top level of an importable module or of a test file.

@@ -140,6 +140,7 @@ def _answer(layout: "_Layout", case: dict[str, Any]) -> bytes:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
+        layout.release_memory()
 
 
 class _Layout:
@@ -156,8 +157,6 @@ class _Layout:
 
     def prepare(self, number: int, tensor_parallel: int) -> None:
         """Make the state of a fresh process, reusing the groups if nobody changed them."""
-        # Engines hold process groups and parameters in reference cycles.
-        gc.collect()
         if (
             tensor_parallel != self._tensor_parallel
             or self._cases == CASES_PER_LAYOUT
@@ -176,6 +175,12 @@ class _Layout:
             model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
         else:
             enable_cpu_path()
+
+    def release_memory(self) -> None:
+        """Free what the case left, since these ranks may idle while others want the memory."""
+        gc.collect()  # engines hold their parameters in reference cycles
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
     def _initialize(self, number: int, tensor_parallel: int) -> None:
         parallel_state.destroy_model_parallel()

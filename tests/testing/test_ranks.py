@@ -37,11 +37,10 @@ def device() -> torch.device:
 
 
 def sum_of_ranks(scaled: Scaled, *, offset: float = 0.0) -> Scaled:
-    whole = torch.full((1000, 1000), dist.get_rank() * scaled.value + offset, device=device())
-    part = whole[:1, :2].requires_grad_()
-    total = part * 1.0
+    mine = torch.tensor(dist.get_rank() * scaled.value + offset, requires_grad=True)
+    total = mine.to(device()).repeat(1000, 1000)
     dist.all_reduce(total)
-    return Scaled(dist.get_rank(), total)
+    return Scaled(dist.get_rank(), total[:1, :2])  # a view, with a graph, of something large
 
 
 def test_results_come_back_by_rank_as_plain_cpu_tensors() -> None:
@@ -51,6 +50,7 @@ def test_results_come_back_by_rank_as_plain_cpu_tensors() -> None:
         assert isinstance(result, Scaled)
         assert result.tensor is not None and result.tensor.equal(torch.tensor([[12.0, 12.0]]))
         assert result.tensor.device.type == "cpu" and not result.tensor.requires_grad
+        assert result.tensor.untyped_storage().nbytes() == 8
 
 
 def layout() -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def test_a_world_of_one() -> None:
     assert [rank[1:] for rank in run_on_ranks(layout, 1)] == [(1, 0, 0)]
 
 
-def draw_and_disturb() -> tuple[float, float, float, str, bool, torch.dtype, str]:
+def draw_and_disturb() -> tuple[object, ...]:
     state = (
         random.random(),
         float(np.random.rand()),
@@ -86,11 +86,15 @@ def draw_and_disturb() -> tuple[float, float, float, str, bool, torch.dtype, str
         os.environ.get("LEFT_BEHIND", ""),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        deepspeed.utils.groups.mpu,
         os.getcwd(),
     )
     os.environ["LEFT_BEHIND"] = "yes"
     torch.use_deterministic_algorithms(True)
     torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    deepspeed.utils.groups.mpu = parallel_state
     os.chdir("/")
     return state
 
@@ -98,7 +102,18 @@ def draw_and_disturb() -> tuple[float, float, float, str, bool, torch.dtype, str
 def test_a_case_finds_nothing_of_the_case_before() -> None:
     first, second = run_on_ranks(draw_and_disturb, 2), run_on_ranks(draw_and_disturb, 2)
     assert first == second
-    assert first[0][3:] == ("", False, torch.float32, os.getcwd())
+    assert first[0][3:] == ("", False, torch.float32, True, None, os.getcwd())
+
+
+def threads_with_a_new_group() -> int:
+    dist.new_group()
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_process_groups_of_many_cases_do_not_pile_up() -> None:
+    counts = [run_on_ranks(threads_with_a_new_group, 2)[0] for _ in range(25)]
+    assert counts[1] > counts[0] or counts[2] > counts[1]
+    assert any(later < earlier for earlier, later in itertools.pairwise(counts))
 
 
 def threads_of_the_server() -> int:
