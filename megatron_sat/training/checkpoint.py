@@ -4,7 +4,8 @@ A checkpoint is a folder ``<save>/global_step<N>``. DeepSpeed writes parameters 
 there; ``run_state.json`` holds progress, configuration, learning-rate schedule and SAT state,
 ``sat_rankings.safetensors`` the rankings of a static selection, ``random_rank_<R>.safetensors`` the
 random states. It is written under another name and renamed when every rank has finished; only then
-does ``<save>/latest`` name it. So ``latest`` always names a complete checkpoint.
+does ``<save>/latest`` name it. So ``latest`` always names a complete checkpoint. A copy of it
+may be damaged all the same: ``run_state.json`` knows the size of every other file.
 """
 
 import json
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sat.config import SATConfig
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.random_state import load_random_state, save_random_state
 
 LATEST = "latest"
@@ -57,7 +59,8 @@ class StoredCheckpoint:
 def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpoint:
     """The checkpoint of ``load`` that ``latest`` names, or that of ``iteration``.
 
-    Reads its description only. ValueError, naming the folder, if there is none.
+    Reads its description only. ValueError, naming the folder, if there is none, or the file that is
+    missing or has not the size with which it was written.
     """
     if iteration is not None:
         folder = Path(load) / _tag(iteration)
@@ -73,12 +76,15 @@ def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpo
     path = folder / RUN_STATE
     try:
         run_state = json.loads(path.read_text())
-        return StoredCheckpoint(
+        if run_state["format"] != _FORMAT:
+            raise ValueError(f"its format is {run_state['format']}, this version reads {_FORMAT}")
+        stored = StoredCheckpoint(
             folder=folder,
             progress=Progress(**run_state["progress"]),
             config=TrainingConfig.from_dict(run_state["config"]),
             run_state=run_state,
         )
+        sizes = dict(run_state["files"])
     except OSError as error:
         raise ValueError(
             f"--load {load}: {folder.name} is not a checkpoint of this trainer, {path} cannot be "
@@ -86,6 +92,16 @@ def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpo
         ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--load {load}: {path} is damaged: {error}") from error
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"--load {load}: the checkpoint is incomplete, {file} does not exist")
+        if file.stat().st_size != size:
+            raise ValueError(
+                f"--load {load}: {file} is damaged, it has {file.stat().st_size} bytes and had "
+                f"{size} when it was saved"
+            )
+    return stored
 
 
 def check_compatible(
@@ -138,42 +154,58 @@ def save_checkpoint(
     scheduler_state: Mapping[str, Any],
     padded_vocab_size: int,
 ) -> Path:
-    """Write ``<save>/global_step<iteration>`` and then let ``latest`` name it. Collective."""
+    """Write ``<save>/global_step<iteration>`` and then let ``latest`` name it. Collective.
+
+    RanksStopped on all ranks where one of them cannot write.
+    """
     assert config.checkpoint.save is not None
     save = Path(config.checkpoint.save)
-    tag = _tag(progress.iteration)
-    unfinished = save / f"unfinished-{tag}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    dist.barrier()
+    folder = save / _tag(progress.iteration)
+    unfinished = save / f"unfinished-{folder.name}"
+    on_first_rank = dist.get_rank() == 0
+    with ranks_agree(f"making room for {folder}"):
+        if on_first_rank and unfinished.exists():  # left by a run that was killed
+            shutil.rmtree(unfinished)
     engine.save_checkpoint(str(save), tag=unfinished.name, save_latest=False)
-    save_random_state(unfinished / _random_file(dist.get_rank()))
-    if dist.get_rank() == 0:
-        sat_state = state.state_dict()
-        rankings = sat_state.pop("rankings")
-        if rankings:
-            save_file(rankings, unfinished / RANKINGS)
-        run_state = {
-            "format": _FORMAT,
-            "progress": asdict(progress),
-            "config": config.to_dict(),
-            "world_size": dist.get_world_size(),
-            "padded_vocab_size": padded_vocab_size,
-            "scheduler": dict(scheduler_state),
-            "sat": sat_state,
-        }
-        (unfinished / RUN_STATE).write_text(json.dumps(run_state, indent=2) + "\n")
-    dist.barrier()
-    folder = save / tag
-    if dist.get_rank() == 0:
-        if folder.exists():  # the same iteration again, after a resume from an earlier one
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-        pointer = save / f"{LATEST}.tmp"
-        pointer.write_text(tag)
-        os.replace(pointer, save / LATEST)
-    dist.barrier()
+    with ranks_agree(f"writing {folder}"):
+        save_random_state(unfinished / _random_file(dist.get_rank()))
+    with ranks_agree(f"finishing {folder}"):
+        if on_first_rank:
+            sat_state = state.state_dict()
+            rankings = sat_state.pop("rankings")
+            if rankings:
+                save_file(rankings, unfinished / RANKINGS)
+            run_state = {
+                "format": _FORMAT,
+                "progress": asdict(progress),
+                "config": config.to_dict(),
+                "world_size": dist.get_world_size(),
+                "padded_vocab_size": padded_vocab_size,
+                "scheduler": dict(scheduler_state),
+                "sat": sat_state,
+                "files": _sizes(unfinished),
+            }
+            (unfinished / RUN_STATE).write_text(json.dumps(run_state, indent=2) + "\n")
+            _publish(unfinished, folder)
     return folder
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    """Give a complete checkpoint its name, and let ``latest`` say it."""
+    replaced = folder.with_name(f"replaced-{folder.name}")
+    if folder.exists():  # the same iteration again, after a resume from an earlier one
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    pointer = folder.with_name(f"{LATEST}.tmp")
+    pointer.write_text(folder.name)
+    os.replace(pointer, folder.with_name(LATEST))
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -186,18 +218,21 @@ def load_checkpoint(
     """
     # Always with optimizer states: without them, DeepSpeed rebuilds a ZeRO-3 model from all files
     # on every rank, and knows no tensor parallelism there.
-    engine.load_checkpoint(str(stored.folder.parent), tag=stored.folder.name)
+    path, _ = engine.load_checkpoint(str(stored.folder.parent), tag=stored.folder.name)
+    if path is None:
+        raise RuntimeError(f"DeepSpeed loaded nothing from {stored.folder}")
     if config.finetune or config.checkpoint.no_load_optim:
         _reset_optimizer(engine)
     if config.finetune:
         engine.global_steps = engine.global_samples = engine.skipped_steps = 0
         return Progress()
-    sat_state = dict(stored.run_state["sat"])
-    rankings = stored.folder / RANKINGS
-    sat_state["rankings"] = load_file(rankings) if rankings.exists() else {}
-    state.load_state_dict(sat_state)
-    if not config.checkpoint.no_load_rng:
-        load_random_state(stored.folder / _random_file(dist.get_rank()))
+    with ranks_agree(f"continuing {stored.folder}"):
+        sat_state = dict(stored.run_state["sat"])
+        rankings = stored.folder / RANKINGS
+        sat_state["rankings"] = load_file(rankings) if rankings.exists() else {}
+        state.load_state_dict(sat_state)
+        if not config.checkpoint.no_load_rng:
+            load_random_state(stored.folder / _random_file(dist.get_rank()))
     return stored.progress
 
 

@@ -92,8 +92,7 @@ def start(argv: Sequence[str] | None = None) -> TrainingConfig:
     there to hear of it.
 
     Raises:
-        ValueError: in a run of one process.
-        RanksStopped: in a run of several, on all of them.
+        RanksStopped: on all ranks, if the command line of one of them is wrong.
     """
     launch = Launch.from_environment()
     config, failure = None, None
@@ -179,15 +178,15 @@ def ranks_agree(doing: str) -> Iterator[None]:
         doing: what the block does, for the message, as "reading the data".
 
     Raises:
-        RanksStopped: the lowest failing rank's message (in a run of one process: the exception
-            itself).
+        RanksStopped: the lowest failing rank's message. Without torch.distributed: the exception
+            itself.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized():
         if failure is not None:
             raise failure
         return
@@ -206,7 +205,7 @@ def ranks_agree(doing: str) -> Iterator[None]:
     raise RanksStopped(message, by_user=by_user) from failure
 
 
-def run(main: Callable[[], None]) -> int:
+def run(main: Callable[[], object]) -> int:
     """Call `main` and return the exit code: 0; or 2 for a user's mistake, of which rank 0 prints
     one line, `error: ...`. Other exceptions are raised."""
     try:
@@ -218,8 +217,8 @@ def run(main: Callable[[], None]) -> int:
         _print_error(error)
         return 2
     except ValueError as error:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # Outside of `ranks_agree` others may not know of it: the traceback tells where.
+        if dist.is_initialized():
+            # Outside of `ranks_agree` others may not know of it, and it may be the program's.
             raise
         _print_error(error)
         return 2

@@ -96,6 +96,7 @@ class Trainer:
         config, engine = self.config, self.engine
         self.learning_rate.set_iteration(self.iteration)
         self.state.begin_step(self.iteration + 1)
+        skipped = False
         for index in range(engine.gradient_accumulation_steps()):
             batch = next(batches).to(self._device)
             self.state.begin_micro_batch(index, batch.token_mask)
@@ -103,13 +104,11 @@ class Trainer:
             self._meter.add_loss(loss_sum, count)
             engine.backward(loss_sum / count.clamp(min=1.0))
             if engine.is_gradient_accumulation_boundary() and self._checks_gradients:
-                self._check_gradients()
+                skipped = self._discard_if_not_finite()
             engine.step()
-        skipped = not engine.was_step_applied()
-        if self._checks_gradients:
-            skipped = not math.isfinite(float(self._gradient_norm))
-        else:
+        if not self._checks_gradients:
             self._gradient_norm = engine.get_global_grad_norm()
+            skipped = not engine.was_step_applied()
         self.iteration += 1
         self.consumed_samples += config.global_batch_size
         tokens = config.global_batch_size * config.model.seq_length
@@ -120,10 +119,14 @@ class Trainer:
             skipped=skipped,
         )
 
-    def _check_gradients(self) -> None:
-        self._gradient_norm = gradient_norm(self.engine.module)
-        if not math.isfinite(float(self._gradient_norm)):
-            discard_gradients(self.engine.module)
+    def _discard_if_not_finite(self) -> bool:
+        """Measure the gradients; if they are not finite, let this step change nothing."""
+        norm = gradient_norm(self.engine.module)
+        self._gradient_norm = norm
+        if math.isfinite(float(norm)):
+            return False
+        discard_gradients(self.engine.module)
+        return True
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the losses of the tokens that count, and their number: scalars."""

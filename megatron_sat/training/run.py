@@ -27,16 +27,17 @@ from megatron_sat.training.initialize import initialize, ranks_agree, start
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
-from megatron_sat.training.model import build_model, build_optimizer, padded_vocab_size
+from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
 from megatron_sat.training.tokenizer import Tokenizer, build_tokenizer
 from megatron_sat.training.validation import check_paths, check_sat_layout
 
 
-def pretrain(argv: Sequence[str] | None = None) -> None:
+def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     """Continue a pre-training as the command line says (``sys.argv`` by default).
 
     Every rank calls this. A mistake of the user's is raised on all ranks, before training starts
-    and with nothing written: see :func:`megatron_sat.training.initialize.run`.
+    and with nothing written: see :func:`megatron_sat.training.initialize.run`. Returns the trainer
+    after its last step.
     """
     config = start(argv)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -51,23 +52,14 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
         )
         padded_vocab = _padded_vocab(config, tokenizer)
         if config.checkpoint.load is not None:
-            stored = find_checkpoint(
-                config.checkpoint.load, iteration=config.checkpoint.ckpt_step
-            )
-            check_compatible(
-                stored, config, world_size=world_size, padded_vocab_size=padded_vocab
-            )
-        mpu = initialize(config)
+            stored = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.ckpt_step)
+            check_compatible(stored, config, world_size=world_size, padded_vocab_size=padded_vocab)
+    initialize(config)
     datasets = build_datasets(config, tokenizer)
 
     state = SATState(config.sat)
-    model = build_model(
-        config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config
-    )
-    optimizer = build_optimizer(model, config, deepspeed_config=deepspeed_config)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu
-    )
+    model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
+    engine = build_engine(model, config, deepspeed_config=deepspeed_config)
     learning_rate = LearningRate(engine.optimizer, config.optimizer)
     progress = Progress()
     if stored is not None:
@@ -104,7 +96,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     with display:
         display.message(_describe(config, engine, stored, progress))
         try:
-            Trainer(
+            trainer = Trainer(
                 config,
                 engine=engine,
                 state=state,
@@ -114,9 +106,11 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
                 padded_vocab_size=padded_vocab,
                 sinks=sinks,
                 display=display,
-            ).train()
+            )
+            trainer.train()
         finally:
             sinks.close()
+    return trainer
 
 
 def _padded_vocab(config: TrainingConfig, tokenizer: Tokenizer) -> int:
@@ -133,7 +127,8 @@ def _describe(
     """What runs, in a few lines."""
     parallel, world_size = config.parallel, dist.get_world_size()
     parameters = sum(
-        getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()
+        getattr(parameter, "ds_numel", parameter.numel())
+        for parameter in engine.module.parameters()
     )
     device = platform.machine() + " CPU"
     if torch.cuda.is_available():

@@ -3,9 +3,11 @@
 Every check raises ValueError with the flag's name, its value and what would be valid.
 """
 
+import contextlib
 import os
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -88,7 +90,8 @@ def resolve_selection_groups(sat: SATConfig, tensor_parallel: int) -> SATConfig:
 def check_paths(config: TrainingConfig, *, rank: int) -> None:
     """The load directory exists; the save and TensorBoard directories can be written.
 
-    Rank 0 makes the directories and writes a file in each, which it removes.
+    Rank 0 makes the directories, writes a file in each and removes what it made: other checks are
+    to come, and a run that is refused leaves nothing behind.
     """
     load = config.checkpoint.load
     if load is not None and not os.path.isdir(load):
@@ -100,11 +103,23 @@ def check_paths(config: TrainingConfig, *, rank: int) -> None:
         if path is None:
             continue
         try:
-            os.makedirs(path, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path, prefix=".writable-"):
-                pass
+            _try_writing(Path(path))
         except OSError as error:
-            raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from error
+            raise ValueError(
+                f"{flag} {path} cannot be written ({error.strerror}); give a folder that can"
+            ) from error
+
+
+def _try_writing(folder: Path) -> None:
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
+            pass
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):  # not made, or in use by now
+                place.rmdir()
 
 
 def _at_least(flag: str, value: float | None, least: float) -> None:
