@@ -1,0 +1,53 @@
+"""What the benchmarks share: interleaved timing, the machine's name, and CSV files."""
+
+import csv
+import datetime
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+
+def interleaved_medians(
+    cases: Mapping[str, Callable[[], object]], *, warmup: int, repeats: int
+) -> dict[str, float]:
+    """Median milliseconds of each case on the current CUDA device.
+
+    Cases take turns, so that a drifting clock touches all alike; each is warmed up first.
+    """
+    for case in cases.values():
+        for _ in range(warmup):
+            case()
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            case()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> dict[str, str]:
+    """The columns that say where a figure comes from."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """One line per row, with the machine's columns last."""
+    complete = [{**row, **machine()} for row in rows]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(complete[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(complete)
