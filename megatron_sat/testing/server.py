@@ -43,6 +43,7 @@ from megatron_sat.cpu import enable_cpu_path
 
 SEED = 1234
 MAX_PACKET = 1 << 16
+MAX_RANKS = 250  # as many file descriptors as fit into one message
 # Process groups that a case made outlive it, with their threads, until all groups are made anew.
 CASES_PER_LAYOUT = 20
 _PR_SET_PDEATHSIG = 1
@@ -54,8 +55,7 @@ def serve(control_fd: int, *, device: str, folder: str) -> None:
     Args:
         control_fd: a ``SOCK_SEQPACKET`` socket. Requests: ``{"fork": world_size, "directory": path,
             "port": int}`` with one connection's file descriptor per rank, answered with
-            ``{"pids": [...]}``; ``{"kill": pids}``, answered with ``{"statuses": [...]}`` as
-            `os.waitpid` gives them.
+            ``{"pids": [...]}``; ``{"kill": pids}``, answered with ``{"killed": pids}``.
         device: "cuda" or "cpu".
         folder: removed at the end, since a caller that is killed cannot.
     """
@@ -64,32 +64,43 @@ def serve(control_fd: int, *, device: str, folder: str) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gc.collect()
     gc.freeze()  # else every collection in a rank walks, and so copies, all that was imported
-    control = socket.socket(fileno=control_fd)
-    while True:
-        packet, fds, _, _ = socket.recv_fds(control, MAX_PACKET, 1024)
-        if not packet:
+    with socket.socket(fileno=control_fd) as control:
+        try:
+            while _answer_request(control, device):
+                pass
+        except ConnectionError:
+            pass  # the caller ended while it waited for an answer
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
-            return
-        request = json.loads(packet)
-        if "fork" in request:
-            pids = []
-            for rank, fd in enumerate(fds):
-                pid = os.fork()
-                if pid == 0:
-                    control.close()
-                    for other in fds:
-                        if other != fd:
-                            os.close(other)
-                    _rank_main(fd, rank, request["fork"], device, request)
-                pids.append(pid)
-            for fd in fds:
-                os.close(fd)
-            reply: dict[str, Any] = {"pids": pids}
-        else:
-            for pid in request["kill"]:
-                os.kill(pid, signal.SIGKILL)
-            reply = {"statuses": [os.waitpid(pid, 0)[1] for pid in request["kill"]]}
-        control.send(json.dumps(reply).encode())
+
+
+def _answer_request(control: socket.socket, device: str) -> bool:
+    """Wait for one request and answer it; False at the end of the connection."""
+    packet, fds, _, _ = socket.recv_fds(control, MAX_PACKET, MAX_RANKS)
+    if not packet:
+        return False
+    request = json.loads(packet)
+    if "fork" in request:
+        pids = []
+        for rank, fd in enumerate(fds):
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                for other in fds:
+                    if other != fd:
+                        os.close(other)
+                _rank_main(fd, rank, request["fork"], device, request)
+            pids.append(pid)
+        for fd in fds:
+            os.close(fd)
+        reply: dict[str, Any] = {"pids": pids}
+    else:
+        for pid in request["kill"]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        reply = {"killed": request["kill"]}
+    control.send(json.dumps(reply).encode())
+    return True
 
 
 def _rank_main(fd: int, rank: int, world_size: int, device: str, request: dict[str, Any]) -> None:
@@ -102,6 +113,7 @@ def _rank_main(fd: int, rank: int, world_size: int, device: str, request: dict[s
         for stream in (sys.stdout, sys.stderr):
             assert isinstance(stream, io.TextIOWrapper)
             stream.reconfigure(line_buffering=True)
+        faulthandler.enable(sys.stderr)
         faulthandler.register(signal.SIGUSR1, file=sys.stderr)
         os.environ.update(
             RANK=str(rank),

@@ -238,26 +238,35 @@ run_on_ranks(time.sleep, 2, 600, timeout=600)
 """
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caller")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def caller() -> Iterator[subprocess.Popen[str]]:
+def caller(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that uses ranks, started first since it takes long to import."""
     root = Path(megatron_sat.__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PYTHONPATH": str(root), "TMPDIR": str(folder)}
     command = [sys.executable, "-W", "ignore", "-c", CALLER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         yield process
         process.kill()
 
 
-def test_ranks_and_server_end_when_their_caller_is_killed(caller: subprocess.Popen[str]) -> None:
+def test_ranks_and_server_end_when_their_caller_is_killed(
+    caller: subprocess.Popen[str], folder: Path
+) -> None:
     assert caller.stdout is not None
     pids = [int(word) for word in caller.stdout.readline().split()]
     assert len(pids) == 3 and all(alive(pid) for pid in pids)
+    assert list(folder.glob("megatron-sat-ranks-*"))
     caller.kill()
     deadline = time.monotonic() + 20
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in pids if alive(pid)]
+    assert not list(folder.glob("megatron-sat-ranks-*"))
 
 
 def alive(pid: int) -> bool:
