@@ -7,6 +7,7 @@ step it is. Nothing here communicates: the layers bring scores that are already 
 
 import hashlib
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,9 @@ from megatron_sat.selection import (
 logger = logging.getLogger(__name__)
 
 Module = Literal["attention", "mlp"]
+
+# Draws noise ahead of its step; one for the process, so that states may come and go.
+_background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sat-noise")
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,7 @@ class SATState:
         self._rate = 0.0
         self._selection_groups = None if config is None else config.selection_groups
         self._noise: dict[str, Tensor] = {}
+        self._ahead: tuple[tuple[int, int], Future[Tensor]] | None = None
 
     def require_config(self) -> SATConfig:
         """The configuration; only for callers that run sparse, so that there is one."""
@@ -312,19 +317,30 @@ class SATState:
                     'scope="micro-batch" needs begin_micro_batch(index) before each forward'
                 )
             micro_batch = self.micro_batch
-        sites = [site for site in self.sites.values() if site.is_sparse]
-        generator = torch.Generator()
-        drawn = []
-        for site in sites:
-            generator.manual_seed(
-                noise_seed(config.seed, self.step, micro_batch, site.layer, site.module)
-            )
-            drawn.append(gumbel_noise(site.units, generator=generator))
-        flat = torch.cat(drawn)
+        if self._ahead is not None and self._ahead[0] == (self.step, micro_batch):
+            flat = self._ahead[1].result()
+        else:
+            flat = self._noise_of_all_sites(self.step, micro_batch)
         if device.type == "cuda":
             flat = flat.pin_memory().to(device, non_blocking=True)
-        parts = flat.split([site.units for site in sites])
-        self._noise = {site.name: part for site, part in zip(sites, parts, strict=True)}
+        parts = flat.split([site.units for site in self.sites.values()])
+        self._noise = dict(zip(self.sites, parts, strict=True))
+        # The device idles while the first forward of a step waits for its noise: draw the next
+        # one's meanwhile.
+        following = (self.step, micro_batch + 1)
+        if config.scope == "step":
+            following = (self.step + 1, 0)
+        self._ahead = (following, _background.submit(self._noise_of_all_sites, *following))
+
+    def _noise_of_all_sites(self, step: int, micro_batch: int) -> Tensor:
+        """``[sum of units]`` float32 on the CPU, in the order of the sites."""
+        seed = self.require_config().seed
+        generator = torch.Generator()
+        drawn = []
+        for site in self.sites.values():
+            generator.manual_seed(noise_seed(seed, step, micro_batch, site.layer, site.module))
+            drawn.append(gumbel_noise(site.units, generator=generator))
+        return torch.cat(drawn)
 
     # What ran
 
