@@ -16,6 +16,8 @@ from rich.progress import Progress as Bar
 # So that the tool also runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# First, as it silences what Megatron-core says of optional kernels when it is imported.
+import megatron_sat.training  # noqa: F401
 from megatron_sat.preprocess import Progress, preprocess
 from megatron_sat.training.config import TokenizerType
 from megatron_sat.training.tokenizer import build_tokenizer

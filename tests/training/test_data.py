@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sat.testing import run_on_ranks
+from megatron_sat.training import indexed_data
 from megatron_sat.training.batches import (
     Batch,
     Dataset,
@@ -343,6 +344,26 @@ def test_files_written_anew_do_not_meet_their_old_index(data: Path) -> None:
     write(data / "a", shorter)
     samples = rows(build(train_data_path=(str(data / "a"),)).train)
     assert_follows_documents(samples, str(data / "a"))
+
+
+def test_equal_documents_under_two_prefixes_have_an_index_each(data: Path) -> None:
+    write(data / "copy", numbered(LENGTHS))
+    for prefix in ("a", "copy", "a"):
+        build(train_data_path=(str(data / prefix),), data_cache_path=str(data / "cache"))
+    assert len(list((data / "cache").iterdir())) == 2
+
+
+def test_large_data_sets_are_searched_in_blocks_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed_data, "_SCANNED_TOKENS", 80)
+    monkeypatch.setattr(indexed_data, "_SCANNED_BLOCKS", 4)
+    for position in (0, 330, 660, 999):
+        tokens = [1] * 1000
+        tokens[position] = 50
+        prefix = write(tmp_path / "long", [tokens])
+        with pytest.raises(ValueError, match=f"token id 50 at token {position},"):
+            build(train_data_path=(prefix,), vocab_size=50)
 
 
 def test_a_stopped_build_of_the_index_leaves_nothing(
