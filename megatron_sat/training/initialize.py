@@ -135,6 +135,10 @@ def join(launch: Launch, *, timeout_minutes: int) -> None:
             timeout=datetime.timedelta(minutes=timeout_minutes),
             **(alone if launch.world_size == 1 else {}),
         )
+    if not on_gpu:
+        # Else DeepSpeed compiles an all-reduce of its own on first use, under a lock that outlives
+        # a killed process; gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )

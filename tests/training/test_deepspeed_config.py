@@ -6,10 +6,11 @@ import pytest
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.deepspeed_config import build_deepspeed_config, offloads_optimizer
 
-REQUIRED = (
+FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --train-iters 10 "
     "--lr 0.001 --data-path data --tokenizer-type NullTokenizer --vocab-size 100"
-).split()
+)
+REQUIRED = FLAGS.split()
 
 
 def parse(tmp_path: Path, user: object, *flags: str, world_size: int = 2):
