@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sat.ops.topk import top_units
+
 # Rates such as 1 - 0.8 miss their decimal value by about 1e-16; counts stay below 1e7.
 _ROUNDING = 1e-9
 
@@ -37,12 +39,10 @@ def gumbel_noise(n: int, *, generator: torch.Generator) -> Tensor:
     return uniform.float()
 
 
-def _ranked(scores: Tensor, noise: Tensor | None, temperature: float, groups: int) -> Tensor:
-    """Positions within the group, best first, `[groups, n / groups]` int64."""
-    if noise is not None:
-        scores = torch.add(noise, scores, alpha=1.0 / temperature)
-    # A stable sort keeps the lower index first among equals; torch.topk promises no order.
-    return torch.sort(scores.view(groups, -1), dim=-1, descending=True, stable=True).indices
+def _perturbed(scores: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
+    if noise is None:
+        return scores
+    return torch.add(noise, scores, alpha=1.0 / temperature)
 
 
 def rank_units(scores: Tensor, noise: Tensor | None, *, temperature: float, groups: int) -> Tensor:
@@ -58,7 +58,9 @@ def rank_units(scores: Tensor, noise: Tensor | None, *, temperature: float, grou
         Indices into `scores`, `[groups, n / groups]` int64; of equal units the lower index first.
         The first k of a row are a draw of k units of that group without replacement.
     """
-    ranked = _ranked(scores, noise, temperature, groups)
+    values = _perturbed(scores, noise, temperature).view(groups, -1)
+    # A stable sort keeps the lower index first among equals; torch.topk promises no order.
+    ranked = torch.sort(values, dim=-1, descending=True, stable=True).indices
     first = torch.arange(0, scores.numel(), ranked.shape[1], device=scores.device)
     return ranked + first[:, None]
 
@@ -71,10 +73,7 @@ def select_with_noise(
     Arguments as for `rank_units`; `keep` is a multiple of `groups`. Returns `[keep]` int64,
     ascending. Works on any device and never waits for it.
     """
-    if keep == scores.numel():
-        return torch.arange(keep, device=scores.device)
-    best = rank_units(scores, noise, temperature=temperature, groups=groups)[:, : keep // groups]
-    return best.sort(dim=-1).values.view(-1)
+    return top_units(_perturbed(scores, noise, temperature), keep, groups=groups)
 
 
 def select(

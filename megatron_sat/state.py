@@ -162,6 +162,8 @@ class Site:
 
     def _local(self, units: Tensor) -> Tensor:
         """This rank's part of the ascending ``units``."""
+        if self.tensor_parallel_size == 1:
+            return units
         first = self.units // self.tensor_parallel_size * self.tensor_parallel_rank
         count = self.local_count()
         if count is not None:

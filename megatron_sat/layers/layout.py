@@ -1,5 +1,6 @@
 """How heads and channels lie in the rows of a column-parallel weight."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -47,15 +48,33 @@ class HeadLayout:
         and V of a query head are its group's.
         """
         heads = row_scores.view(self.groups, self.heads_per_group + 2, self.head_size).mean(dim=-1)
-        query, key_value = heads.split([self.heads_per_group, 2], dim=1)
-        return ((query + key_value.sum(dim=1, keepdim=True)) / 3.0).flatten()
+        return (heads @ _mean_of_qkv(self.heads_per_group, row_scores.device)).flatten()
 
     def row_units(self, local: Tensor) -> Tensor:
         """Kept local query heads ``[k]``, ascending and as many of each group -> the units of rows
         to gather, ascending: with grouped queries all of K and V among them."""
         if self.heads_per_group == 1:
             return local
-        group = torch.arange(self.groups, device=local.device).unsqueeze(1)
-        query = local.view(self.groups, -1) + 2 * group
-        key = group * (self.heads_per_group + 2) + self.heads_per_group
-        return torch.cat([query, key, key + 1], dim=1).flatten()
+        skipped, key_value = _key_value_units(self.groups, self.heads_per_group, local.device)
+        return torch.cat([local.view(self.groups, -1) + skipped, key_value], dim=1).flatten()
+
+
+# Constants of the device, made once: each launch on the path to a subset is felt.
+
+
+@functools.cache
+def _mean_of_qkv(heads_per_group: int, device: torch.device) -> Tensor:
+    """``[q + 2, q]`` float32: takes a group's Q, K and V scores to the mean of each head's."""
+    third = torch.full((heads_per_group + 2, heads_per_group), 1.0 / 3.0)
+    third[:heads_per_group] = torch.eye(heads_per_group) / 3.0
+    return third.to(device)
+
+
+@functools.cache
+def _key_value_units(
+    groups: int, heads_per_group: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``[groups, 1]``: units of K and V before each group; ``[groups, 2]``: its own K and V."""
+    group = torch.arange(groups).unsqueeze(1)
+    key = group * (heads_per_group + 2) + heads_per_group
+    return (2 * group).to(device), torch.cat([key, key + 1], dim=1).to(device)

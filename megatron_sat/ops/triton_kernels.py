@@ -18,6 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_sat.ops.topk_kernel import top_units
+
+__all__ = [
+    "gather_columns",
+    "gather_rows",
+    "row_dot",
+    "row_norm",
+    "scatter_columns",
+    "scatter_rows",
+    "top_units",
+]
+
 # Elements of a tile, and its widest row. Measured on an H100 with the matrices of a 7B layer:
 # row tiles hardly matter; larger column tiles take up to twice as long.
 _ROW_TILE = (4096, 1024)

@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_sat.ops import column_sliced_linear, row_sliced_linear, score, triton_kernels
 from megatron_sat.ops import gather_scatter as forms
 from megatron_sat.ops.backend import force_backend
+from megatron_sat.ops.topk import top_units
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # unit, sections, units, other side of the matrix
@@ -128,3 +129,22 @@ def test_the_public_functions_take_the_triton_form(monkeypatch: pytest.MonkeyPat
     for a, b in zip(actual[:-1], expected[:-1], strict=True):
         assert_same(a, b)
     torch.testing.assert_close(actual[-1], expected[-1])
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("size", [1, 5, 16, 37])
+def test_top_units_equals_the_pytorch_form(size: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    drawn = torch.randn(groups * size, generator=generator)
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), 1e-40, -1e-40])
+    tied = special[torch.randint(8, (groups * size,), generator=generator)]
+    for values in (drawn, tied, torch.zeros(groups * size)):
+        for keep in {0, 1, size // 2, size - 1, size} - {-1}:
+            actual = top_with("triton", values, keep, groups)
+            assert actual.dtype == torch.int64
+            assert actual.tolist() == top_with("torch", values, keep, groups).tolist()
+
+
+def top_with(form: str, values: Tensor, keep: int, groups: int) -> Tensor:
+    with force_backend(form):  # type: ignore[arg-type]
+        return top_units(values, keep * groups, groups=groups)
