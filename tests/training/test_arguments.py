@@ -280,10 +280,12 @@ def test_selection_groups_default_to_the_tensor_parallel_size():
     assert resolve_selection_groups(fixed, 4) == fixed
 
 
-def test_directories_are_made_and_left_empty(tmp_path):
-    save = tmp_path / "runs" / "one"
-    check_paths(parse(f"--save {save}"), rank=0)
-    assert [path.name for path in save.iterdir()] == ["tensorboard"]
+def test_trying_directories_leaves_nothing_behind(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for save in (tmp_path / "runs" / "one", kept / "two", kept):
+        check_paths(parse(f"--save {save}"), rank=0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
 
 
 def test_directories_that_cannot_be_used(tmp_path):
