@@ -60,6 +60,8 @@ class Trainer:
         self._shape = model_shape(config, padded_vocab_size)
         # DeepSpeed neither measures nor checks gradients there.
         self._checks_gradients = config.parallel.zero_stage == 0 and not config.bf16
+        if self._checks_gradients:
+            engine.optimizer.register_step_pre_hook(self._before_optimizer)
         self._gradient_norm: Tensor | float | None = None
         self._meter = IntervalMeter(
             device=self._device,
@@ -96,7 +98,6 @@ class Trainer:
         config, engine = self.config, self.engine
         self.learning_rate.set_iteration(self.iteration)
         self.state.begin_step(self.iteration + 1)
-        skipped = False
         for index in range(engine.gradient_accumulation_steps()):
             batch = next(batches).to(self._device)
             self.state.begin_micro_batch(index, batch.token_mask)
@@ -104,9 +105,11 @@ class Trainer:
             self._meter.add_loss(loss_sum, count)
             engine.backward(loss_sum / count.clamp(min=1.0))
             if engine.is_gradient_accumulation_boundary() and self._checks_gradients:
-                skipped = self._discard_if_not_finite()
+                self._gradient_norm = gradient_norm(engine.module)
             engine.step()
-        if not self._checks_gradients:
+        if self._checks_gradients:
+            skipped = not self._gradients_are_finite()
+        else:
             self._gradient_norm = engine.get_global_grad_norm()
             skipped = not engine.was_step_applied()
         self.iteration += 1
@@ -119,14 +122,14 @@ class Trainer:
             skipped=skipped,
         )
 
-    def _discard_if_not_finite(self) -> bool:
-        """Measure the gradients; if they are not finite, let this step change nothing."""
-        norm = gradient_norm(self.engine.module)
-        self._gradient_norm = norm
-        if math.isfinite(float(norm)):
-            return False
-        discard_gradients(self.engine.module)
-        return True
+    def _gradients_are_finite(self) -> bool:
+        return self._gradient_norm is not None and math.isfinite(float(self._gradient_norm))
+
+    def _before_optimizer(self, *_: Any) -> None:
+        """AdamW passes over parameters that have no gradient. Not earlier: DeepSpeed clips the
+        gradients right before the optimizer, and fails if there are none."""
+        if not self._gradients_are_finite():
+            discard_gradients(self.engine.module)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the losses of the tokens that count, and their number: scalars."""

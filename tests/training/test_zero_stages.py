@@ -1,0 +1,83 @@
+"""A run is the same at every ZeRO stage, and what ZeRO-3 needs of the layers holds."""
+
+from unittest import mock
+
+import pytest
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+from megatron_sat.testing import run_on_ranks
+from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.training.loop import Trainer
+
+# Rate 0.5 up to step 8, 0.25 up to step 11, then dense; two micro-batches a step on each rank.
+SAT = (
+    "--sat-omission-rate 0.5 --sat-total-steps 20 --sat-decay-start-step 8 --sat-ladder-rungs 2 "
+    "--sat-channel-multiple 16 "
+)
+TENSOR_PARALLEL = "--tensor-model-parallel-size 2 --micro-batch-size 4 "
+
+
+def of_kind(lines: list[dict], kind: str, name: str) -> list:
+    return [line[name] for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("layout, stages", [("", "0123"), (TENSOR_PARALLEL, "03")])
+def test_every_stage_gives_the_same_run(tmp_path, tiny_data, layout, stages):
+    runs = [
+        train_on_ranks(
+            tiny_run(tiny_data, f"{SAT}{layout}--zero-stage {stage}", save=tmp_path / stage), 2
+        )
+        for stage in stages
+    ]
+    losses = of_kind(runs[0], "train", "loss")
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
+    assert of_kind(runs[0], "train", "omission_rate") == [0.5] * 8 + [0.25] * 3 + [0.0]
+    assert min(of_kind(runs[0], "train", "grad_norm")) > 1.0  # so that gradients are clipped
+    checksums = of_kind(runs[0], "train", "selection_checksum")
+    assert len(set(checksums[:11])) == 11 and checksums[11] is None
+    for run in runs[1:]:
+        assert of_kind(run, "train", "selection_checksum") == checksums
+        for kind, name, error in (
+            ("train", "loss", 1e-5),
+            ("train", "grad_norm", 1e-4),
+            ("eval", "validation_loss", 1e-5),
+        ):
+            expected = of_kind(runs[0], kind, name)
+            assert of_kind(run, kind, name) == pytest.approx(expected, rel=error)
+
+
+def external_parameters_and_dropped_traces(argv: list[str]) -> tuple[int, list[int], int]:
+    """Of a run: the external parameters that DeepSpeed registered; how often it dropped its trace
+    in each step; how many different subsets there were."""
+    dropped: list[int] = []
+    checksums = set()
+    invalidate, step = PartitionedParameterCoordinator._invalidate_trace, Trainer.train_step
+
+    def count(self):
+        dropped[-1] += 1
+        invalidate(self)
+
+    def watch(self, batches):
+        dropped.append(0)
+        step(self, batches)
+        checksums.add(self.state.checksum())
+
+    with (
+        mock.patch.object(PartitionedParameterCoordinator, "_invalidate_trace", count),
+        mock.patch.object(Trainer, "train_step", watch),
+    ):
+        trainer = train(argv)
+    modules = trainer.engine.module.modules()
+    return sum(len(dict(m.ds_external_parameters())) for m in modules), dropped, len(checksums)
+
+
+@pytest.mark.parametrize("layout", ["", TENSOR_PARALLEL + "--sequence-parallel "])
+def test_zero_3_keeps_its_trace_and_finds_no_external_parameters(tiny_data, layout):
+    flags = f"{SAT}{layout}--zero-stage 3 --train-iters 10 --eval-interval 4"
+    for external, dropped, subsets in run_on_ranks(
+        external_parameters_and_dropped_traces, 2, tiny_run(tiny_data, flags)
+    ):
+        assert external == 0
+        # The evaluation before the first step leaves a trace without a backward pass.
+        assert dropped == [1] + [0] * 9
+        assert subsets == 10
