@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_sat.ops.launch import launch
+
 
 @triton.jit
 def _top_units_kernel(out, values, size, keep, BLOCK: tl.constexpr):
@@ -43,13 +45,12 @@ def top_units(values: Tensor, keep: int, *, groups: int) -> Tensor:
     size = values.numel() // groups
     out = torch.empty(keep, dtype=torch.int64, device=values.device)
     block = triton.next_power_of_2(size)
-    with torch.cuda.device_of(values):
-        _top_units_kernel[(groups,)](
-            out,
-            values,
-            size,
-            keep // groups,
-            BLOCK=block,
-            num_warps=min(32, max(1, block // 256)),
-        )
+    launch(
+        _top_units_kernel,
+        (groups,),
+        (out, values),
+        (size, keep // groups),
+        {"BLOCK": block},
+        num_warps=min(32, max(1, block // 256)),
+    )
     return out

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_sat.ops.launch import launch
 from megatron_sat.ops.topk_kernel import top_units
 
 __all__ = [
@@ -202,21 +203,9 @@ def gather_rows(weight: Tensor, index: Tensor, *, unit: int, sections: int) -> T
     kept = index.numel()
     out = weight.new_empty(sections * kept * unit, columns)
     if out.numel():
-        block_rows, block_columns = _tile(columns, _ROW_TILE)
-        grid = (triton.cdiv(out.shape[0], block_rows), triton.cdiv(columns, block_columns))
-        with torch.cuda.device_of(weight):
-            _gather_rows_kernel[grid](
-                out,
-                weight,
-                index,
-                out.shape[0],
-                columns,
-                kept,
-                rows // (sections * unit),
-                unit,
-                BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-            )
+        grid, tile = _row_tiles(out.shape[0], columns)
+        numbers = (out.shape[0], columns, kept, rows // (sections * unit), unit)
+        launch(_gather_rows_kernel, grid, (out, weight, index), numbers, tile)
     return out
 
 
@@ -225,22 +214,9 @@ def scatter_rows(values: Tensor, index: Tensor, *, rows: int, unit: int, section
     columns, kept = values.shape[1], index.numel()
     out = values.new_empty(rows, columns)
     if out.numel():
-        block_rows, block_columns = _tile(columns, _ROW_TILE)
-        grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
-        with torch.cuda.device_of(values):
-            _scatter_rows_kernel[grid](
-                out,
-                values,
-                index,
-                rows,
-                columns,
-                kept,
-                _half(kept),
-                rows // (sections * unit),
-                unit,
-                BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-            )
+        grid, tile = _row_tiles(rows, columns)
+        numbers = (rows, columns, kept, _half(kept), rows // (sections * unit), unit)
+        launch(_scatter_rows_kernel, grid, (out, values, index), numbers, tile)
     return out
 
 
@@ -249,20 +225,9 @@ def gather_columns(weight: Tensor, index: Tensor, *, unit: int) -> Tensor:
     rows, columns = weight.shape
     out = weight.new_empty(rows, index.numel() * unit)
     if out.numel():
-        grid, row_tiles, block_rows, block_columns = _column_tiles(rows, out.shape[1])
-        with torch.cuda.device_of(weight):
-            _gather_columns_kernel[grid](
-                out,
-                weight,
-                index,
-                rows,
-                columns,
-                out.shape[1],
-                unit,
-                row_tiles,
-                BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-            )
+        grid, row_tiles, tile = _column_tiles(rows, out.shape[1])
+        numbers = (rows, columns, out.shape[1], unit, row_tiles)
+        launch(_gather_columns_kernel, grid, (out, weight, index), numbers, tile)
     return out
 
 
@@ -271,21 +236,9 @@ def scatter_columns(values: Tensor, index: Tensor, *, columns: int, unit: int) -
     rows, kept = values.shape[0], index.numel()
     out = values.new_empty(rows, columns)
     if out.numel():
-        grid, row_tiles, block_rows, block_columns = _column_tiles(rows, columns)
-        with torch.cuda.device_of(values):
-            _scatter_columns_kernel[grid](
-                out,
-                values,
-                index,
-                rows,
-                columns,
-                kept,
-                _half(kept),
-                unit,
-                row_tiles,
-                BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-            )
+        grid, row_tiles, tile = _column_tiles(rows, columns)
+        numbers = (rows, columns, kept, _half(kept), unit, row_tiles)
+        launch(_scatter_columns_kernel, grid, (out, values, index), numbers, tile)
     return out
 
 
@@ -303,17 +256,9 @@ def _row_reduce(weight: Tensor, vector: Tensor, *, norm: bool) -> Tensor:
     out = torch.empty(rows, dtype=torch.float32, device=weight.device)
     if rows:
         block_rows, block_columns = _tile(columns, _REDUCE_TILE)
-        with torch.cuda.device_of(weight):
-            _row_reduce_kernel[(triton.cdiv(rows, block_rows),)](
-                out,
-                weight,
-                vector,
-                rows,
-                columns,
-                NORM=norm,
-                BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-            )
+        constants = {"NORM": norm, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
+        grid = (triton.cdiv(rows, block_rows),)
+        launch(_row_reduce_kernel, grid, (out, weight, vector), (rows, columns), constants)
     return out
 
 
@@ -324,7 +269,14 @@ def _tile(columns: int, limits: tuple[int, int]) -> tuple[int, int]:
     return min(elements // block_columns, 64), block_columns
 
 
-def _column_tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, int, int]:
+def _row_tiles(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid, and tile shape."""
+    block_rows, block_columns = _tile(columns, _ROW_TILE)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
+    return grid, {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
+
+
+def _column_tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, dict[str, int]]:
     """Grid, tiles of rows for each program, and tile shape.
 
     A program keeps its columns and walks down several tiles of rows, so that it looks its
@@ -333,7 +285,8 @@ def _column_tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, int, i
     block_rows, block_columns = _tile(columns, _COLUMN_TILE)
     tiles, across = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)
     row_tiles = max(1, min(8, tiles * across // 1024))
-    return (triton.cdiv(tiles, row_tiles), across), row_tiles, block_rows, block_columns
+    grid = (triton.cdiv(tiles, row_tiles), across)
+    return grid, row_tiles, {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
 
 
 def _half(kept: int) -> int:

@@ -61,8 +61,9 @@ def test_gathers_and_scatters_equal_the_pytorch_form(
 
 
 def test_columns_walk_down_several_tiles_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 8}
     monkeypatch.setattr(
-        triton_kernels, "_column_tiles", lambda rows, columns: ((3, -(-columns // 8)), 2, 4, 8)
+        triton_kernels, "_column_tiles", lambda rows, columns: ((3, -(-columns // 8)), 2, tile)
     )
     weight, index = torch.randn(21, 20), torch.tensor([0, 3, 4])
     kept = forms.gather_columns(weight, index, unit=4)
