@@ -10,6 +10,7 @@ floating-point operations, from the counts that really ran; efficiency is ratio 
 
 import argparse
 import os
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +68,8 @@ SHAPES = {
         num_query_groups=1,
     ),
 }
+# Steps timed in a row, like the layers of a model.
+_LAYERS = 8
 # The rate falls by 0.01 a step, so that each rate up to 0.96 has its step.
 _STEPS = 97
 
@@ -153,7 +156,7 @@ def measure(name: str, tokens: int, rates: list[float], *, repeats: int) -> list
         return step
 
     cases = {"stock": stock.step, "dense": at(0.0)} | {str(rate): at(rate) for rate in rates}
-    times = interleaved_medians(cases, warmup=3, repeats=repeats)
+    times = interleaved_medians(cases, warmup=3, repeats=repeats, run=_LAYERS)
     memory = {label: peak_gib(case) for label, case in cases.items()}
     baseline = min(times["stock"], times["dense"])
     dense_flops = forward_flops(shape, tokens=tokens).layers
@@ -205,6 +208,14 @@ def profile(name: str, tokens: int, rate: float, path: str) -> None:
 
     for _ in range(5):
         step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(20):
+        step()
+    host = (time.perf_counter() - began) / 20 * 1e3
+    torch.cuda.synchronize()
+    total = (time.perf_counter() - began) / 20 * 1e3
+    print(f"{host:.3f} ms a step until the host has launched it, {total:.3f} ms until it is done")
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(3):
@@ -221,7 +232,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096, 8192, 16384])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.96])
-    parser.add_argument("--repeats", type=int, default=20, help="timed steps of each case")
+    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each case")
     parser.add_argument("--output", metavar="CSV", help="write the figures here as well")
     parser.add_argument(
         "--profile",

@@ -11,11 +11,13 @@ import torch
 
 
 def interleaved_medians(
-    cases: Mapping[str, Callable[[], object]], *, warmup: int, repeats: int
+    cases: Mapping[str, Callable[[], object]], *, warmup: int, repeats: int, run: int = 1
 ) -> dict[str, float]:
     """Median milliseconds of each case on the current CUDA device.
 
-    Cases take turns, so that a drifting clock touches all alike; each is warmed up first.
+    Cases take turns, so that a drifting clock touches all alike; each is warmed up first. A case
+    is timed over ``run`` calls in a row, as the layers of a model follow each other: a call whose
+    launches take longer than its kernels is bound by the host, and shows it.
     """
     for case in cases.values():
         for _ in range(warmup):
@@ -26,10 +28,11 @@ def interleaved_medians(
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             start.record()
-            case()
+            for _ in range(run):
+                case()
             end.record()
             end.synchronize()
-            times[name].append(start.elapsed_time(end))
+            times[name].append(start.elapsed_time(end) / run)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
