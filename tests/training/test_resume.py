@@ -1,0 +1,94 @@
+"""A resumed run is the run that was never stopped, bit for bit."""
+
+import os
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.training.loop import Trainer
+from megatron_sat.training.metrics import METRICS_FILE, read_metrics
+
+# The rate falls from 0.5 to 0.25 after step 12, and to 0 after step 15.
+SAT = (
+    "--train-iters 20 --sat-omission-rate 0.5 --sat-total-steps 24 --sat-decay-start-step 12 "
+    "--sat-ladder-rungs 2 --sat-channel-multiple 16 "
+)
+TIMINGS = {"step_time_ms", "tokens_per_second", "tflops_per_gpu", "dense_equivalent_tflops_per_gpu"}
+
+
+def reproducible(lines: list[dict]) -> list[dict]:
+    return [{key: line[key] for key in line if key not in TIMINGS} for line in lines]
+
+
+def killed_after(argv: list[str], *, step: int) -> None:
+    """A run whose last rank dies after ``step``."""
+    train_step = Trainer.train_step
+
+    def last(self, batches):
+        train_step(self, batches)
+        if self.iteration == step and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(Trainer, "train_step", last):
+        train(argv)
+
+
+def run_killed_and_resumed(argv: list[str], save: Path, world_size: int) -> list[dict]:
+    """The lines of a run that saves after step 10, dies after step 13, and goes on in new
+    processes."""
+    first = [*argv, "--save", str(save), "--save-interval", "10"]
+    with pytest.raises(RankError, match="its process died"):
+        run_on_ranks(killed_after, world_size, first, step=13)
+    assert (save / "latest").read_text() == "global_step10"
+    assert read_metrics(save / METRICS_FILE)[-1]["iteration"] == 12
+    return train_on_ranks([*first, "--load", str(save)], world_size)
+
+
+CASES = {
+    "data and tensor parallel, ZeRO 3": (4, "--tensor-model-parallel-size 2 --zero-stage 3 "),
+    "ZeRO 0, static": (2, "--zero-stage 0 --sat-selection static "),
+    "ZeRO 2, bfloat16": (2, "--zero-stage 2 --bf16 "),
+    "ZeRO 0, bfloat16": (1, "--zero-stage 0 --bf16 "),
+    "ZeRO 1, micro-batches, blend, masks": (
+        1,
+        "--zero-stage 1 --sat-scope micro-batch --train-data-path 0.7 {data} 0.3 {data} "
+        "--reset-attention-mask --reset-position-ids --eod-mask-loss --num-workers 1 ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, tiny_data, case):
+    world_size, flags = CASES[case]
+    argv = tiny_run(tiny_data, SAT + flags.format(data=tiny_data))
+    at_once = train_on_ranks([*argv, "--save", str(tmp_path / "at once")], world_size)
+    resumed = run_killed_and_resumed(argv, tmp_path / "resumed", world_size)
+    assert reproducible(resumed) == reproducible(at_once)
+    training = [line for line in at_once if line["kind"] == "train"]
+    assert [line["iteration"] for line in training] == list(range(1, 21))
+    rates = [0.5] * 12 + [0.25] * 3 + [0.0] * 5
+    assert [line["omission_rate"] for line in training] == rates
+    assert [line["iteration"] for line in at_once if line["kind"] == "eval"] == [0, 10, 20]
+    checksums = {line["selection_checksum"] for line in training}
+    assert len(checksums) == (3 if "static" in case else 16)
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, SAT + "--lr-decay-iters 20 ")
+    at_once = train_on_ranks([*argv, "--save", str(tmp_path / "at once")], 1)
+    argv += ["--save", str(tmp_path / "in two")]
+    half = train_on_ranks([*argv, "--train-iters", "10"], 1)
+    assert reproducible(half) == reproducible(at_once)[: len(half)]
+    whole = train_on_ranks([*argv, "--load", str(tmp_path / "in two")], 1)
+    assert reproducible(whole) == reproducible(at_once)
+
+
+def test_a_finished_run_that_is_started_again_does_nothing(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, "--train-iters 3", save=tmp_path)
+    lines = train_on_ranks(argv, 1)
+    assert train_on_ranks([*argv, "--load", str(tmp_path)], 1) == lines
