@@ -89,7 +89,7 @@ def in_short(line: str) -> str | None:
     without; None for the lines of other packages."""
     if line.startswith("wrote "):
         return line
-    if not line.startswith(" ") or line.startswith("  warnings.warn"):
+    if not re.match(r" (  )?\S", line):
         return None
     parts = line.strip().split(" | ")
     if len(parts) == 1:
