@@ -63,6 +63,7 @@ def parse_args(
         eval_interval=args.eval_interval,
         eval_iters=args.eval_iters,
         seed=args.seed,
+        train_only=args.train_only,
         bf16=settle("--bf16", args.bf16, user, bf16_field, False),
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
@@ -165,16 +166,32 @@ def _data_config(args: argparse.Namespace) -> DataConfig:
     split = args.split
     if args.train_data_path and split is not None:
         raise ValueError("--split divides --data-path; --train-data-path is not divided")
-    if args.data_path and split is None:
+    data_path = tuple(args.data_path or ())
+    if args.data_args_path is not None:
+        if data_path:
+            raise ValueError("give either --data-path or --data-args-path, a file in its place")
+        data_path = _blend_in_file(args.data_args_path)
+    if data_path and split is None:
         split = "1,0,0" if named else "969,30,1"
     return _pick(
         DataConfig,
         args,
-        data_path=tuple(args.data_path or ()),
+        data_path=data_path,
         train_data_path=tuple(args.train_data_path or ()),
         valid_data=named,
         split=split,
     )
+
+
+def _blend_in_file(path: str) -> tuple[str, ...]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            blend = tuple(stream.read().split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--data-args-path {path} cannot be read ({error})") from error
+    if not blend:
+        raise ValueError(f"--data-args-path {path} is empty; it holds weights and prefixes")
+    return blend
 
 
 def _logging_config(args: argparse.Namespace) -> LoggingConfig:

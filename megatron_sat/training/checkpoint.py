@@ -117,6 +117,13 @@ def check_compatible(
         stored_layout[name] = getattr(stored.config.parallel, name)
     layout["bf16"], stored_layout["bf16"] = config.bf16, stored.config.bf16
     _compare(f"--load {load}", stored_layout, layout, "")
+    # Optimizer states, which DeepSpeed loads in any case, are those of what was trained.
+    _compare(
+        f"--load {load}",
+        {"train_only": stored.config.train_only},
+        {"train_only": config.train_only},
+        "; to train other parameters, export the weights and start from them: --load-hf",
+    )
     if config.finetune or config.override_sat_schedule:
         return
     _compare(

@@ -228,6 +228,9 @@ class TrainingConfig:
     """Steps' worth of data per evaluation and data set; 0 does not evaluate."""
     seed: int = 1234
     """Seed of initialisation and data order."""
+    train_only: str | None = None
+    """Regular expression found in the names of the parameters to train; the others are frozen.
+    None trains all."""
     bf16: bool = False
     """Compute in bfloat16 with float32 master weights; otherwise float32."""
     attention_dropout: float = 0.0

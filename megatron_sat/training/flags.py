@@ -90,6 +90,12 @@ def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
         help="sequences of a step (default: one micro-batch on each data-parallel rank)",
     )
     add("--train-iters", type=int, required=True, help="optimizer steps of the run")
+    add(
+        "--train-only",
+        metavar="REGEX",
+        help="train the parameters in whose names this is found, as "
+        "'word_embeddings|output_layer', and freeze the others",
+    )
     add("--seed", type=int, default=1234, help="seed of initialisation and data order")
     add("--bf16", action="store_const", const=True, help="bfloat16 (default: float32)")
     add("--deterministic-mode", action="store_true", help="only kernels that repeat bit for bit")
@@ -172,6 +178,11 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     blend = "a prefix, or weight prefix weight prefix ..."
     add("--data-path", nargs="+", metavar="BLEND", help=f"data that --split divides: {blend}")
+    add(
+        "--data-args-path",
+        metavar="FILE",
+        help="file that holds what --data-path would be given, as tools/blend.py writes it",
+    )
     add("--split", help='shares, as "969,30,1" (the default, or 1,0,0 with other validation sets)')
     add("--train-data-path", nargs="+", metavar="BLEND", help=f"training data: {blend}")
     add("--valid-data-path", nargs="+", metavar="BLEND", help='the validation set "valid"')

@@ -1,6 +1,7 @@
 """The model, its parameter groups and its optimizer."""
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_sat.layers import get_gpt_block_sat_spec
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.deepspeed_config import offloads_optimizer
-from megatron_sat.training.initialize import ModelParallelUnit
+from megatron_sat.training.initialize import ModelParallelUnit, ranks_agree
 
 
 class SATGPTModel(GPTModel):
@@ -134,8 +135,31 @@ def build_model(
             fp16_lm_cross_entropy=False,
             reset_position_ids=config.data.reset_position_ids,
         )
+    if config.train_only is not None:
+        with ranks_agree("choosing the parameters to train"):
+            freeze_others(model, config.train_only)
     add_replicated_gradient_hooks(model)
     return model
+
+
+def freeze_others(model: torch.nn.Module, pattern: str) -> list[str]:
+    """Freeze the parameters in whose names the regular expression `pattern` is not found; returns
+    the names of the others, which train.
+
+    To be called before gradient hooks and optimizer are made. ValueError, with some names, if it
+    is found in none.
+    """
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(pattern, name) is not None)
+        if parameter.requires_grad:
+            trained.append(name)
+    if not trained:
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".0.", n) for n, _ in model.named_parameters())
+        raise ValueError(
+            f"--train-only {pattern!r} is found in no parameter's name; they are {', '.join(names)}"
+        )
+    return trained
 
 
 def add_replicated_gradient_hooks(model: torch.nn.Module) -> list[str]:
@@ -218,7 +242,7 @@ def build_engine(
     wrapped = config.bf16 and config.parallel.zero_stage == 0
     if wrapped:
         for parameter in model.parameters():
-            if getattr(parameter, "tensor_model_parallel", False):
+            if parameter.requires_grad and getattr(parameter, "tensor_model_parallel", False):
                 parameter.register_post_accumulate_grad_hook(_mark_shard)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -144,6 +144,13 @@ def _describe(
         f"{config.global_batch_size} sequences of {config.model.seq_length} tokens a step, "
         f"{config.gradient_accumulation_steps(world_size)} micro-batches on each rank",
     ]
+    if config.train_only is not None:
+        trained = sum(
+            getattr(parameter, "ds_numel", parameter.numel())
+            for parameter in engine.module.parameters()
+            if parameter.requires_grad
+        )
+        lines.append(f" {trained / 1e6:.1f}M of them are trained: --train-only {config.train_only}")
     if config.sat is None:
         lines.append(" dense training (no --sat-omission-rate)")
     else:

@@ -5,6 +5,7 @@ Every check raises ValueError with the flag's name, its value and what would be 
 
 import contextlib
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ def check_config(config: TrainingConfig) -> None:
     _check_learning_rate(config)
     _check_data(config)
     _check_checkpoint(config)
+    _check_train_only(config)
 
 
 def check_world_size(config: TrainingConfig, world_size: int) -> None:
@@ -342,3 +344,15 @@ def _check_checkpoint(config: TrainingConfig) -> None:
     for flag, given in needs_load.items():
         if given:
             raise ValueError(f"{flag} needs --load, the directory of a checkpoint")
+
+
+def _check_train_only(config: TrainingConfig) -> None:
+    if config.train_only is None:
+        return
+    try:
+        re.compile(config.train_only)
+    except re.error as error:
+        raise ValueError(
+            f"--train-only {config.train_only!r} is not a regular expression ({error}); valid: as "
+            "'word_embeddings|output_layer'"
+        ) from error
