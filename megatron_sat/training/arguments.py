@@ -4,20 +4,22 @@ argparse. The flags themselves are in `flags`."""
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
+from megatron_sat.checkpoint.hf_config import read_hf_config
 from megatron_sat.config import sat_config_from_args
 from megatron_sat.training.config import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    TokenizerType,
     TrainingConfig,
 )
 from megatron_sat.training.deepspeed_config import read_json, settle, settle_batch_sizes
 from megatron_sat.training.flags import build_parser
+from megatron_sat.training.model_arguments import model_config
 from megatron_sat.training.validation import check_config, check_world_size
 
 
@@ -46,9 +48,10 @@ def parse_args(
         user,
         data_parallel_size=world_size // tensor_parallel,
     )
+    source = None if args.load_hf is None else read_hf_config(args.load_hf)
     bf16_field = "bfloat16.enabled" if "bfloat16" in user else "bf16.enabled"
     config = TrainingConfig(
-        model=_model_config(args),
+        model=model_config(args, source),
         parallel=_parallel_config(args, user),
         optimizer=_optimizer_config(args, user),
         data=_data_config(args),
@@ -81,37 +84,6 @@ def _pick(kind: Any, args: argparse.Namespace, **others: Any) -> Any:
     values = vars(args)
     names = [name for name in kind.__dataclass_fields__ if name not in others]
     return kind(**{name: values[name] for name in names}, **others)
-
-
-def _model_config(args: argparse.Namespace) -> ModelConfig:
-    hidden, heads = args.hidden_size, args.num_attention_heads
-    if hidden < 1 or heads < 1:
-        raise ValueError(
-            f"--hidden-size is {hidden} and --num-attention-heads {heads}; valid: at least 1"
-        )
-    if args.kv_channels is None and hidden % heads:
-        raise ValueError(
-            f"--num-attention-heads is {heads}; valid: a divisor of --hidden-size, which is "
-            f"{hidden}, or give --kv-channels"
-        )
-    if args.group_query_attention and args.num_query_groups is None:
-        raise ValueError("--group-query-attention needs --num-query-groups")
-    groups = heads if args.num_query_groups is None else args.num_query_groups
-    if groups < 1:
-        raise ValueError(f"--num-query-groups is {groups}; valid: at least 1")
-    ffn = args.ffn_hidden_size
-    if ffn is None:
-        # Megatron's default: as many parameters as an ungated MLP of four times the width.
-        ffn = int((4 * hidden * 2 / 3) / 64) * 64 if args.swiglu else 4 * hidden
-    positions = args.max_position_embeddings
-    return _pick(
-        ModelConfig,
-        args,
-        num_query_groups=groups,
-        ffn_hidden_size=ffn,
-        kv_channels=hidden // heads if args.kv_channels is None else args.kv_channels,
-        max_position_embeddings=args.seq_length if positions is None else positions,
-    )
 
 
 def _parallel_config(args: argparse.Namespace, user: dict[str, Any]) -> ParallelConfig:
@@ -173,9 +145,20 @@ def _data_config(args: argparse.Namespace) -> DataConfig:
         data_path = _blend_in_file(args.data_args_path)
     if data_path and split is None:
         split = "1,0,0" if named else "969,30,1"
+    tokenizer_type, tokenizer_model = args.tokenizer_type, args.tokenizer_model
+    if tokenizer_type is None:
+        if args.load_hf is None:
+            raise ValueError(
+                "--tokenizer-type is missing; valid: " + ", ".join(get_args(TokenizerType))
+            )
+        tokenizer_type = "HuggingFaceTokenizer"
+    if tokenizer_type == "HuggingFaceTokenizer" and tokenizer_model is None:
+        tokenizer_model = args.load_hf
     return _pick(
         DataConfig,
         args,
+        tokenizer_type=tokenizer_type,
+        tokenizer_model=tokenizer_model,
         data_path=data_path,
         train_data_path=tuple(args.train_data_path or ()),
         valid_data=named,

@@ -19,6 +19,7 @@ from megatron_sat.config import SATConfig
 NormalizationName = Literal["RMSNorm", "LayerNorm"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WSDDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
+HFDtype = Literal["bfloat16", "float32"]
 TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"]
 
 
@@ -50,6 +51,14 @@ class ModelConfig:
     """Base of the rotary position embedding (500000 for Llama 3)."""
     rotary_percent: float = 1.0
     """Share of a head's width that is rotated."""
+    use_rope_scaling: bool = False
+    """Llama 3.1's scaling of the rotary frequencies, from an original context of 8192 tokens."""
+    rope_scaling_factor: float = 8.0
+    """What Llama 3.1's scaling divides the low frequencies by."""
+    window_size: tuple[int, ...] | None = None
+    """Sliding window: tokens before and after a token (0) that it attends to; None for all."""
+    window_attn_skip_freq: tuple[int, ...] | None = None
+    """Whether each layer has the window (1 or 0); None for all layers."""
     swiglu: bool = True
     """SwiGLU MLP; without it a plain GELU MLP."""
     add_bias_linear: bool = False
@@ -184,6 +193,14 @@ class CheckpointConfig:
     """Leave the optimizer's state in the checkpoint."""
     no_load_rng: bool = False
     """Leave the random states in the checkpoint."""
+    load_hf: str | None = None
+    """Hugging Face folder that gives the model's shape and, without `load`, its weights."""
+    save_hf: str | None = None
+    """Hugging Face folder to write at the end, or the folder of those of every save."""
+    save_hf_every_save: bool = False
+    """A Hugging Face folder at every save, named after the iteration."""
+    save_hf_dtype: HFDtype | None = None
+    """Type of the written weights; None takes that of `load_hf`'s config.json, else the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ from typing import NoReturn, get_args
 from megatron_sat.config import add_sat_arguments
 from megatron_sat.training.config import (
     DecayStyle,
-    NormalizationName,
+    HFDtype,
     TokenizerType,
     WSDDecayStyle,
 )
+from megatron_sat.training.model_arguments import add_model_arguments
 
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         "sparsity-accelerated training.",
         allow_abbrev=False,
     )
-    _add_model_arguments(parser.add_argument_group("model"))
+    add_model_arguments(parser.add_argument_group("model"))
     _add_training_arguments(parser.add_argument_group("training"))
     _add_learning_rate_arguments(parser.add_argument_group("learning rate and optimizer"))
     _add_parallel_arguments(parser.add_argument_group("parallelism and memory"))
@@ -41,44 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_logging_arguments(parser.add_argument_group("evaluation and logging"))
     add_sat_arguments(parser)
     return parser
-
-
-def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
-    on_off = argparse.BooleanOptionalAction
-    add = group.add_argument
-    add("--num-layers", type=int, required=True, help="transformer layers")
-    add("--hidden-size", type=int, required=True, help="width of the residual stream")
-    add("--ffn-hidden-size", type=int, help="MLP channels (default: 8/3 or 4 hidden sizes)")
-    add("--num-attention-heads", type=int, required=True, help="query heads")
-    add("--num-query-groups", type=int, help="key/value groups (default: one for each head)")
-    add("--group-query-attention", action="store_true", help="needs --num-query-groups")
-    add("--kv-channels", type=int, help="width of a head (default: hidden size / heads)")
-    add("--seq-length", type=int, required=True, help="tokens of one sample")
-    add("--max-position-embeddings", type=int, help="longest sequence (default: --seq-length)")
-    add("--normalization", choices=get_args(NormalizationName), default="RMSNorm", help="norms")
-    add("--norm-epsilon", type=float, default=1e-5, help="added to the variance in norms")
-    add("--rotary-base", type=float, default=10000.0, help="base of the rotary embedding")
-    add("--rotary-percent", type=float, default=1.0, help="rotated share of a head's width")
-    add("--swiglu", action=on_off, default=True, help="gated MLP with SiLU, or plain with GELU")
-    bias = group.add_mutually_exclusive_group()
-    bias.add_argument(
-        "--disable-bias-linear",
-        dest="add_bias_linear",
-        action="store_false",
-        help="linears without biases (the default)",
-    )
-    bias.add_argument(
-        "--add-bias-linear", action="store_true", help="linears with biases (Llama has none)"
-    )
-    group.set_defaults(add_bias_linear=False)
-    add("--add-qkv-bias", action="store_true", help="bias in the QKV projection (Qwen 2)")
-    add("--qk-layernorm", action="store_true", help="norms on queries and keys (Qwen 3)")
-    add("--untie-embeddings-and-output-weights", action="store_true", help="a head of its own")
-    add("--init-method-std", type=float, default=0.02, help="spread of initial weights")
-    add("--make-vocab-size-divisible-by", type=int, default=128, help="pads the vocabulary")
-    add("--vocab-size", type=int, help="vocabulary before padding (default: the tokenizer's)")
-    add("--attention-dropout", type=float, default=0.0, help="only 0 is supported")
-    add("--hidden-dropout", type=float, default=0.0, help="needs a GPU above 0")
 
 
 def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
@@ -195,8 +158,15 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add("--data-cache-path", help="folder for index caches (default: beside the data)")
     add("--num-workers", type=int, default=2, help="loader processes per rank")
-    add("--tokenizer-type", choices=get_args(TokenizerType), required=True, help="tokenizer")
-    add("--tokenizer-model", help="SentencePiece file or Hugging Face tokenizer folder")
+    add(
+        "--tokenizer-type",
+        choices=get_args(TokenizerType),
+        help="tokenizer (default with --load-hf: HuggingFaceTokenizer)",
+    )
+    add(
+        "--tokenizer-model",
+        help="SentencePiece file or Hugging Face tokenizer folder (default: --load-hf)",
+    )
     add("--reset-position-ids", action="store_true", help="positions restart after a document")
     add("--reset-attention-mask", action="store_true", help="no attention across documents")
     add("--eod-mask-loss", action="store_true", help="no loss at end-of-document tokens")
@@ -211,6 +181,22 @@ def _add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
     add("--finetune", action="store_true", help="a new stage: weights alone, iteration 0")
     add("--no-load-optim", action="store_true", help="leave the optimizer's state behind")
     add("--no-load-rng", action="store_true", help="leave the random states behind")
+    add(
+        "--load-hf",
+        metavar="DIR",
+        help="Hugging Face folder: model shape, tokenizer and, without --load, weights",
+    )
+    add("--save-hf", metavar="DIR", help="write a Hugging Face folder at the end")
+    add(
+        "--save-hf-every-save",
+        action="store_true",
+        help="write --save-hf DIR/iter_N at every save, not DIR at the end",
+    )
+    add(
+        "--save-hf-dtype",
+        choices=get_args(HFDtype),
+        help="weights of --save-hf (default: as in --load-hf, else as trained)",
+    )
     add(
         "--override-sat-schedule",
         action="store_true",
