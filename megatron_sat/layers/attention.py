@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_sat.layers.communication import ScoreCommunicator
@@ -119,8 +120,8 @@ class SATCoreAttention(MegatronModule):
     value's, ``[s, b, g, d]``; result ``[s, b, n * d]``. Document boundaries come as
     ``packed_seq_params`` with ``qkv_format="sbhd"``, whose ``cu_seqlens_q`` run over the
     batch-major ``b * s`` tokens. Reads ``softmax_scale``, ``kv_channels``, ``attention_dropout``,
-    ``context_parallel_size``, ``window_size`` and ``softmax_type`` from the config and refuses
-    what it does not compute.
+    ``context_parallel_size``, ``window_size``, ``window_attn_skip_freq`` and ``softmax_type`` from
+    the config and refuses what it does not compute.
     """
 
     def __init__(
@@ -136,7 +137,6 @@ class SATCoreAttention(MegatronModule):
         valid = {
             "attention_dropout": 0.0,
             "context_parallel_size": 1,
-            "window_size": None,
             "softmax_type": "vanilla",
             "apply_query_key_layer_scaling": False,
         }
@@ -151,6 +151,18 @@ class SATCoreAttention(MegatronModule):
             )
         assert config.kv_channels is not None
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window: int | None = None
+        if is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        ):
+            assert config.window_size is not None
+            before, after = config.window_size
+            if before < 0 or after != 0:
+                raise ValueError(
+                    f"window_size={config.window_size} is not supported here; use (n, 0) with n of "
+                    "at least 0"
+                )
+            self.window = before + 1  # the token itself counts here
 
     def forward(
         self,
@@ -170,7 +182,7 @@ class SATCoreAttention(MegatronModule):
                 'document boundaries as packed_seq_params with qkv_format="sbhd"'
             )
         if packed_seq_params is None:
-            return causal_attention(query, key, value, scale=self.scale)
+            return causal_attention(query, key, value, scale=self.scale, window=self.window)
         if packed_seq_params.qkv_format != "sbhd":
             raise ValueError(
                 f"qkv_format={packed_seq_params.qkv_format!r} is not supported; use 'sbhd'"
@@ -183,6 +195,7 @@ class SATCoreAttention(MegatronModule):
             key,
             value,
             scale=self.scale,
+            window=self.window,
             cu_seqlens=packed_seq_params.cu_seqlens_q,
             max_seqlen=max_seqlen,
         )

@@ -37,6 +37,7 @@ def causal_attention(
     v: Tensor,
     *,
     scale: float,
+    window: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
@@ -51,6 +52,8 @@ def causal_attention(
         k: `[s, b, g, d]`.
         v: `[s, b, g, d]`.
         scale: Multiplies the scores before the softmax.
+        window: The last so many tokens, itself included, are all that a token attends to; None:
+            all.
         cu_seqlens: `[documents + 1]` int32, rising from 0 to b*s: where documents begin in the
             b*s tokens, sequence after sequence. Every sequence begins a document; empty
             documents are allowed. No token attends to another document's.
@@ -66,29 +69,53 @@ def causal_attention(
         return q.reshape(s, b, 0)
     if n % groups:
         raise ValueError(f"query heads ({n}) must be a multiple of key/value groups ({groups})")
+    if window is not None and window >= s:
+        window = None
     if cu_seqlens is None:
-        out = _whole_sequences(q, k, v, scale=scale)
+        out = _whole_sequences(q, k, v, scale=scale, window=window)
     else:
-        out = _documents(q, k, v, cu_seqlens, scale=scale, max_seqlen=max_seqlen or s)
+        out = _documents(
+            q, k, v, cu_seqlens, scale=scale, window=window, max_seqlen=max_seqlen or s
+        )
     return out.reshape(s, b, n * d)
 
 
-def _whole_sequences(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def _whole_sequences(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
+) -> Tensor:
     """-> [s, b, n, d]"""
     flash = _flash_attn_for(q)
+    if flash is None and window is not None:
+        # The other kernels know windows only by a mask, but for that of documents.
+        s, b = q.shape[:2]
+        sequences = torch.arange(0, b * s + 1, s, dtype=torch.int32, device=q.device)
+        return _documents(q, k, v, sequences, scale=scale, window=window, max_seqlen=s)
     if flash is None:
         return _sdpa(q, k, v, scale=scale, mask=None)
     out = flash.flash_attn_func(
         *(x.transpose(0, 1) for x in (q, k, v)),  # [b, s, heads, d]
         softmax_scale=scale,
         causal=True,
+        window_size=_flash_window(window),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out.transpose(0, 1)
 
 
+def _flash_window(window: int | None) -> tuple[int, int]:
+    """Tokens before and after; -1 is all of them."""
+    return (-1 if window is None else window - 1, 0)
+
+
 def _documents(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, max_seqlen: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    max_seqlen: int,
 ) -> Tensor:
     """-> [s, b, n, d]"""
     s, b = q.shape[:2]
@@ -96,8 +123,11 @@ def _documents(
     reason = _varlen_unusable(q) if flash is None else None
     if reason is not None:
         if q.is_cuda:
-            warn_once(f"attention within documents uses a mask of s x s elements ({reason})")
-        return _sdpa(q, k, v, scale=scale, mask=document_mask(cu_seqlens, s=s, b=b))
+            warn_once(
+                f"attention within documents or a window uses a mask of s x s elements ({reason})"
+            )
+        mask = document_mask(cu_seqlens, s=s, b=b, window=window)
+        return _sdpa(q, k, v, scale=scale, mask=mask)
 
     packed = [x.transpose(0, 1).reshape(b * s, *x.shape[2:]) for x in (q, k, v)]
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
@@ -107,6 +137,7 @@ def _documents(
             *lengths,
             softmax_scale=scale,
             causal=True,
+            window_size=_flash_window(window),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     else:
@@ -115,7 +146,9 @@ def _documents(
         # PyTorch 2.11 takes groups without being told.
         grouped = {"enable_gqa": q.shape[2] != k.shape[2]} if "enable_gqa" in options else {}
         # A window of (-1, 0), everything before and nothing after, is how it is told causal.
-        out = varlen(*packed, *lengths, scale=scale, window_size=(-1, 0), **grouped)
+        out = varlen(
+            *packed, *lengths, scale=scale, window_size=_flash_window(window), **grouped
+        )
     return out.view(b, s, *q.shape[2:]).transpose(0, 1)
 
 
@@ -140,11 +173,17 @@ def _choice_of_kernels() -> contextlib.AbstractContextManager[None]:
     return sdpa_kernel(_DETERMINISTIC if deterministic else _PRIORITY, set_priority=True)
 
 
-def document_mask(cu_seqlens: Tensor, *, s: int, b: int) -> Tensor:
-    """`[b, 1, s, s]` bool: the keys that each query sees, causal and within its document."""
+def document_mask(
+    cu_seqlens: Tensor, *, s: int, b: int, window: int | None = None
+) -> Tensor:
+    """`[b, 1, s, s]` bool: the keys that each query sees, causal, within its document and among
+    the last `window` tokens."""
     position = torch.arange(b * s, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, position, right=True).view(b, s)
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+    mask = (document[:, :, None] == document[:, None, :]).tril()
+    if window is not None:
+        mask = mask.triu(1 - window)
+    return mask[:, None]
 
 
 def _flash_attn_for(q: Tensor) -> ModuleType | None:

@@ -22,16 +22,37 @@ from megatron_sat.training.initialize import ModelParallelUnit, ranks_agree
 
 
 class SATGPTModel(GPTModel):
-    """Megatron-core's `GPTModel` with rotary positions that may restart within a sequence.
+    """Megatron-core's `GPTModel` with rotary positions that may restart within a sequence, and
+    without padding in its vocabulary's softmax.
 
-    Arguments are `GPTModel`'s. With `reset_position_ids` the rotary embedding of a token is that
+    Arguments are `GPTModel`'s. `unpadded_vocab_size` of the `vocab_size` tokens exist: the logits
+    of the others are the lowest number, so that their probability is 0. With `reset_position_ids` the rotary embedding of a token is that
     of its entry in `position_ids [b, s]`, where `GPTModel` counts from the sequence's start.
     Boundaries of documents (`packed_seq_params` in the format "sbhd") are for attention alone.
     """
 
-    def __init__(self, *args: Any, reset_position_ids: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        unpadded_vocab_size: int | None = None,
+        reset_position_ids: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.reset_position_ids = reset_position_ids
+        self.unpadded_vocab_size = unpadded_vocab_size or self.vocab_size
+        if self.unpadded_vocab_size < self.vocab_size:
+            self.output_layer.register_forward_hook(self._hide_padding)
+
+    @torch.no_grad()
+    def _hide_padding(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        # Written over, unseen by autograd: these logits' gradients are their probabilities, 0.
+        logits = output[0]
+        tensor_parallel = parallel_state.get_tensor_model_parallel_rank()
+        gathered = logits.shape[-1] == self.vocab_size
+        first = 0 if gathered else tensor_parallel * logits.shape[-1]
+        start = max(0, self.unpadded_vocab_size - first)
+        logits[..., start:] = torch.finfo(logits.dtype).min
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
@@ -72,6 +93,10 @@ def transformer_config(config: TrainingConfig) -> TransformerConfig:
         activation_func=F.silu if model.swiglu else F.gelu,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
+        window_size=model.window_size,
+        window_attn_skip_freq=(
+            None if model.window_attn_skip_freq is None else list(model.window_attn_skip_freq)
+        ),
         qk_layernorm=model.qk_layernorm,
         init_method_std=model.init_method_std,
         attention_dropout=config.attention_dropout,
@@ -105,7 +130,7 @@ def build_model(
     """The model on this rank's device, its parameters partitioned from the start at ZeRO stage 3.
 
     Given the seed, initial parameters are the same at every stage. `padded_vocab` is
-    `padded_vocab_size`'s and `deepspeed_config` what `build_deepspeed_config` gave. Called on all
+    `padded_vocab_size`'s, of which `config.model.vocab_size` tokens exist (None: all), and `deepspeed_config` what `build_deepspeed_config` gave. Called on all
     ranks, after `initialize`. ValueError for what the layers do not support.
     """
     transformer = transformer_config(config)
@@ -132,6 +157,9 @@ def build_model(
             position_embedding_type="rope",
             rotary_percent=config.model.rotary_percent,
             rotary_base=config.model.rotary_base,
+            rope_scaling=config.model.use_rope_scaling,
+            rope_scaling_factor=config.model.rope_scaling_factor,
+            unpadded_vocab_size=config.model.vocab_size,
             fp16_lm_cross_entropy=False,
             reset_position_ids=config.data.reset_position_ids,
         )

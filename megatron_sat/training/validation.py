@@ -191,6 +191,19 @@ def _check_model(config: TrainingConfig) -> None:
             f"--max-position-embeddings is {model.max_position_embeddings}; valid: at least "
             f"--seq-length, which is {model.seq_length}"
         )
+    if not model.rope_scaling_factor >= 1:
+        raise ValueError(f"--rope-scaling-factor is {model.rope_scaling_factor}; valid: at least 1")
+    window, layers = model.window_size, model.window_attn_skip_freq
+    if window is not None and (len(window) != 2 or window[0] < 0 or window[1] != 0):
+        raise ValueError(
+            f"--window-size is {window}; valid: the tokens before, at least 0, and 0 after, as "
+            "4095,0"
+        )
+    if layers is not None and (len(layers) != model.num_layers or not set(layers) <= {0, 1}):
+        raise ValueError(
+            f"--window-attn-skip-freq is {layers}; valid: 1 or 0 for each of the "
+            f"{model.num_layers} layers"
+        )
     rotated = int(model.kv_channels * model.rotary_percent)
     if rotated % 2 or rotated == 0:
         raise ValueError(
@@ -332,6 +345,14 @@ def _check_checkpoint(config: TrainingConfig) -> None:
     _at_least("--ckpt-step", checkpoint.ckpt_step, 0)
     if checkpoint.save_interval is not None and checkpoint.save is None:
         raise ValueError("--save-interval needs --save, the directory for checkpoints")
+    if checkpoint.save_hf_every_save and not checkpoint.save:
+        raise ValueError("--save-hf-every-save needs --save, the directory for checkpoints")
+    for flag, needs_save_hf in (
+        ("--save-hf-every-save", checkpoint.save_hf_every_save),
+        ("--save-hf-dtype", checkpoint.save_hf_dtype is not None),
+    ):
+        if needs_save_hf and checkpoint.save_hf is None:
+            raise ValueError(f"{flag} needs --save-hf, the Hugging Face folder to write")
     if checkpoint.load is not None:
         return
     needs_load = {
