@@ -146,9 +146,7 @@ def _documents(
         # PyTorch 2.11 takes groups without being told.
         grouped = {"enable_gqa": q.shape[2] != k.shape[2]} if "enable_gqa" in options else {}
         # A window of (-1, 0), everything before and nothing after, is how it is told causal.
-        out = varlen(
-            *packed, *lengths, scale=scale, window_size=_flash_window(window), **grouped
-        )
+        out = varlen(*packed, *lengths, scale=scale, window_size=_flash_window(window), **grouped)
     return out.view(b, s, *q.shape[2:]).transpose(0, 1)
 
 
@@ -173,9 +171,7 @@ def _choice_of_kernels() -> contextlib.AbstractContextManager[None]:
     return sdpa_kernel(_DETERMINISTIC if deterministic else _PRIORITY, set_priority=True)
 
 
-def document_mask(
-    cu_seqlens: Tensor, *, s: int, b: int, window: int | None = None
-) -> Tensor:
+def document_mask(cu_seqlens: Tensor, *, s: int, b: int, window: int | None = None) -> Tensor:
     """`[b, 1, s, s]` bool: the keys that each query sees, causal, within its document and among
     the last `window` tokens."""
     position = torch.arange(b * s, dtype=cu_seqlens.dtype, device=cu_seqlens.device)

@@ -26,9 +26,10 @@ class SATGPTModel(GPTModel):
     without padding in its vocabulary's softmax.
 
     Arguments are `GPTModel`'s. `unpadded_vocab_size` of the `vocab_size` tokens exist: the logits
-    of the others are the lowest number, so that their probability is 0. With `reset_position_ids` the rotary embedding of a token is that
-    of its entry in `position_ids [b, s]`, where `GPTModel` counts from the sequence's start.
-    Boundaries of documents (`packed_seq_params` in the format "sbhd") are for attention alone.
+    of the others are the lowest number, so that their probability is 0. With `reset_position_ids`
+    the rotary embedding of a token is that of its entry in `position_ids [b, s]`, where `GPTModel`
+    counts from the sequence's start. Boundaries of documents (`packed_seq_params` in the format
+    "sbhd") are for attention alone.
     """
 
     def __init__(
@@ -130,8 +131,9 @@ def build_model(
     """The model on this rank's device, its parameters partitioned from the start at ZeRO stage 3.
 
     Given the seed, initial parameters are the same at every stage. `padded_vocab` is
-    `padded_vocab_size`'s, of which `config.model.vocab_size` tokens exist (None: all), and `deepspeed_config` what `build_deepspeed_config` gave. Called on all
-    ranks, after `initialize`. ValueError for what the layers do not support.
+    `padded_vocab_size`'s, of which `config.model.vocab_size` tokens exist (None: all), and
+    `deepspeed_config` what `build_deepspeed_config` gave. Called on all ranks, after `initialize`.
+    ValueError for what the layers do not support.
     """
     transformer = transformer_config(config)
     construction: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
