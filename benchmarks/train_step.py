@@ -54,7 +54,7 @@ def step_of_rate(rate: float) -> int:
 def random_batches(vocabulary: int, batch: int, length: int) -> Iterator[Batch]:
     """Endless random micro-batches, of this data-parallel rank's own."""
     generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
-    positions = torch.arange(length).expand(batch, -1)
+    positions = torch.arange(length).repeat(batch, 1)
     while True:
         tokens = torch.randint(0, vocabulary, (batch, length + 1), generator=generator)
         yield Batch(
