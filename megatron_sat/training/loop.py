@@ -18,6 +18,8 @@ from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Datasets
 from megatron_sat.training.display import Display
 from megatron_sat.training.gradients import discard_gradients, gradient_norm
+from megatron_sat.training.hf import export, plan_export
+from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.meter import IntervalMeter
 from megatron_sat.training.metrics import EvalRecord, MetricsSinks, TrainRecord
@@ -203,10 +205,17 @@ class Trainer:
         return loss_sum / count if count else math.nan
 
     def save(self) -> None:
-        """Write a checkpoint, once per iteration, if there is a place for it. Collective."""
-        if self.config.checkpoint.save is None or self._saved_at == self.iteration:
+        """Write a checkpoint and a Hugging Face folder, once per iteration, where there is a place
+        for them. Collective."""
+        if self._saved_at == self.iteration:
             return
         self._saved_at = self.iteration
+        if self.config.checkpoint.save is not None:
+            self._save_checkpoint()
+        if self.config.checkpoint.save_hf is not None:
+            self._save_hf()
+
+    def _save_checkpoint(self) -> None:
         folder = save_checkpoint(
             self.engine,
             config=self.config,
@@ -216,6 +225,19 @@ class Trainer:
             padded_vocab_size=self.padded_vocab_size,
         )
         self.display.message(f" saved {folder}")
+
+    def _save_hf(self) -> None:
+        every_save = self.config.checkpoint.save_hf_every_save
+        if not every_save and self.iteration < self.config.train_iters:
+            return
+        with ranks_agree("planning the Hugging Face folder"):
+            plan = plan_export(
+                self.config,
+                padded_vocab=self.padded_vocab_size,
+                iteration=self.iteration if every_save else None,
+            )
+        export(self.engine, plan)
+        self.display.message(f" saved {plan.target}")
 
     @property
     def progress(self) -> Progress:

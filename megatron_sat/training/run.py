@@ -3,6 +3,7 @@ mistakes can be found soonest."""
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_sat
+from megatron_sat.checkpoint.hf_import import HFWeights
 from megatron_sat.state import SATState
 from megatron_sat.training.checkpoint import (
     Progress,
@@ -23,12 +25,13 @@ from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import build_datasets
 from megatron_sat.training.deepspeed_config import build_deepspeed_config
 from megatron_sat.training.display import Display, open_display
+from megatron_sat.training.hf import check_exports, load_weights, open_weights
 from megatron_sat.training.initialize import initialize, ranks_agree, start
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
-from megatron_sat.training.tokenizer import Tokenizer, build_tokenizer
+from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.validation import check_paths, check_sat_layout
 
 
@@ -42,6 +45,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     config = start(argv)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     stored: StoredCheckpoint | None = None
+    weights: HFWeights | None = None
     with ranks_agree("checking the configuration"):
         resuming = config.checkpoint.load is not None and not config.finetune
         check_sat_layout(config, resuming=resuming)
@@ -50,15 +54,26 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         tokenizer = build_tokenizer(
             config.data.tokenizer_type, config.data.tokenizer_model, config.model.vocab_size
         )
-        padded_vocab = _padded_vocab(config, tokenizer)
+        vocab_size = config.model.vocab_size or tokenizer.vocab_size
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+        padded_vocab = _padded_vocab(config, vocab_size)
         if config.checkpoint.load is not None:
             stored = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.ckpt_step)
             check_compatible(stored, config, world_size=world_size, padded_vocab_size=padded_vocab)
+        elif config.checkpoint.load_hf is not None:
+            weights = open_weights(config, padded_vocab=padded_vocab)
+        check_exports(
+            config,
+            padded_vocab=padded_vocab,
+            iteration=stored.progress.iteration if stored is not None and resuming else 0,
+        )
     initialize(config)
     datasets = build_datasets(config, tokenizer)
 
     state = SATState(config.sat)
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
+    if weights is not None:
+        load_weights(model, weights)
     engine = build_engine(model, config, deepspeed_config=deepspeed_config)
     learning_rate = LearningRate(engine.optimizer, config.optimizer)
     progress = Progress()
@@ -113,9 +128,9 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     return trainer
 
 
-def _padded_vocab(config: TrainingConfig, tokenizer: Tokenizer) -> int:
+def _padded_vocab(config: TrainingConfig, vocab_size: int) -> int:
     return padded_vocab_size(
-        config.model.vocab_size or tokenizer.vocab_size,
+        vocab_size,
         divisible_by=config.model.make_vocab_size_divisible_by,
         tensor_parallel=config.parallel.tensor_model_parallel_size,
     )
@@ -160,6 +175,8 @@ def _describe(
             f"{sat.decay_start_step} of {sat.total_steps}, then {sat.schedule}; {sat.metric}, "
             f"{sat.selection}, {' and '.join(sat.modules)}"
         )
+    if stored is None and config.checkpoint.load_hf is not None:
+        lines.append(f" weights of {config.checkpoint.load_hf}")
     if stored is not None:
         how = "weights of" if config.finetune else "continuing"
         lines.append(f" {how} {stored.folder}, at iteration {progress.iteration}")

@@ -1,0 +1,107 @@
+"""Weights of a Hugging Face folder into a tensor-parallel rank's parameters, part by part."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sat.checkpoint.families import Family, dims
+from megatron_sat.checkpoint.hf_reader import HFReader
+from megatron_sat.checkpoint.layout import Named, cut
+from megatron_sat.training.config import ModelConfig
+
+# Large enough that a disk reads at full speed, small beside any model.
+_BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFWeights:
+    """The weights of a folder for a model: checked to be all there, with the right shapes.
+
+    Raises:
+        ValueError: a tensor is missing, is unknown or has the wrong shape; with file and name.
+    """
+
+    reader: HFReader
+    family: Family
+    model: ModelConfig
+    """With its `vocab_size`."""
+    padded_vocabulary: int
+
+    def __post_init__(self) -> None:
+        wanted: dict[str, tuple[int, ...]] = {}
+        sizes = dims(self.model, padded_vocabulary=self.padded_vocabulary)
+        for _, named in self.family.parameters(self.model):
+            wanted |= named.source_shapes(sizes)
+        found = self.reader.shapes
+        for name, shape in wanted.items():
+            if name not in found:
+                raise ValueError(
+                    f"{self.reader.folder}: tensor {name} {list(shape)} is in none of its files"
+                )
+            if found[name] != shape:
+                raise ValueError(
+                    f"{self.reader.path(name)}: tensor {name} has shape {list(found[name])}; by "
+                    f"config.json it is {list(shape)}"
+                )
+        for name in found:
+            if name not in wanted and not self.family.ignores(name, self.model):
+                raise ValueError(
+                    f"{self.reader.path(name)}: tensor {name} is unknown; it belongs to no "
+                    f"{self.family.architecture}"
+                )
+
+    def load(self, model: torch.nn.Module, *, rank: int, size: int) -> None:
+        """Fill the parameters of `model`, that of tensor-parallel rank `rank` of `size`.
+
+        Under ZeRO-3 each data-parallel rank reads and fills its own partition; no rank talks to
+        another. Types are converted; padding rows of the vocabulary become 0. ValueError, naming
+        file and tensor, for values that are not finite.
+        """
+        sizes = dims(self.model, padded_vocabulary=self.padded_vocabulary)
+        parameters = dict(model.named_parameters())
+        for name, named in self.family.parameters(self.model):
+            parameter = parameters.pop(name)
+            shape = named.layout.local_shape(sizes, rank, size)
+            actual = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            assert actual == shape, f"{name} is {actual}, its layout {shape}"
+            target, first = _own_part(parameter)
+            width = shape[1] if len(shape) == 2 else 1
+            last = min(first + target.numel(), shape[0] * width)
+            rows = (first // width, -(-last // width)) if first < last else (0, 0)
+            pieces = named.pieces(sizes, rank, size)
+            for start, block in _blocks(self.reader, named, pieces, rows, width):
+                low, high = max(first, start), min(last, start + block.numel())
+                flat = block.reshape(-1)[low - start : high - start]
+                target[low - first : high - first].copy_(flat)
+        assert not parameters, f"no layout for {', '.join(parameters)}"
+
+
+def _own_part(parameter: Tensor) -> tuple[Tensor, int]:
+    """What this rank keeps of a parameter, flat, and where it begins in the whole."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.data.view(-1), 0
+    partition = parameter.ds_tensor.data
+    return partition, partition.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+
+
+def _blocks(
+    reader: HFReader, named: Named, pieces: list, rows: tuple[int, int], width: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of whole rows of a rank's parameter, each with the flat position where it begins."""
+    step = max(1, _BLOCK_BYTES // (4 * width))
+    for start in range(rows[0], rows[1], step):
+        stop = min(start + step, rows[1])
+        if named.layout.axis == 1:
+            ((source, first, last),) = pieces
+            yield start * width, reader.read(source, rows=(start, stop), columns=(first, last))
+            continue
+        position = start * width
+        for source, first, last in cut(pieces, start, stop):
+            if source is None:
+                block = torch.zeros((last - first) * width)
+            else:
+                block = reader.read(source, rows=(first, last))
+            yield position, block
+            position += block.numel()

@@ -1,0 +1,132 @@
+"""The weights of a Hugging Face folder, read tensor by tensor and part by part."""
+
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class HFReader:
+    """The tensors of a folder: `model.safetensors`, or several such files and their index, else
+    `pytorch_model.bin` in the same way.
+
+    `shapes` maps names to shapes. What is read is mapped from the file and not kept: memory that a
+    result uses is the operating system's file cache until the caller copies it, and is let go with
+    the result.
+
+    Raises:
+        ValueError: a file is missing or damaged; it names the file, and the tensor if there is
+            one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._paths: dict[str, Path] = {}
+        self._bin: tuple[Path, dict[str, Tensor]] | None = None
+        expected = self._indexed()
+        for path, names in expected.items():
+            self._add(path, names)
+
+    def path(self, name: str) -> Path:
+        """The file of a tensor."""
+        return self._paths[name]
+
+    def read(
+        self, name: str, *, rows: tuple[int, int], columns: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Rows `[start, stop)` of a tensor and, of a matrix, columns: on the CPU, in the file's
+        type. ValueError, naming file and tensor, for a value that is not a finite number."""
+        part = (slice(*rows),) if columns is None else (slice(*rows), slice(*columns))
+        path = self._paths[name]
+        if path.suffix == ".safetensors":
+            # Opened anew for each part: the file's pages leave this process with the result.
+            with _open(path) as file:
+                tensor: Tensor = file.get_slice(name)[part]
+        else:
+            tensor = self._load_bin(path)[name][part]
+        # The extremes are NaN if any value is; nothing is faster.
+        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            raise ValueError(f"{path}: tensor {name} has values that are not finite numbers")
+        return tensor
+
+    def _indexed(self) -> dict[Path, set[str] | None]:
+        """The files, with the tensors that the index says each has."""
+        for name in _FILES:
+            path, index = self.folder / name, self.folder / f"{name}.index.json"
+            if path.is_file():
+                return {path: None}
+            if index.is_file():
+                return self._read_index(index)
+        raise ValueError(
+            f"{self.folder} holds no weights: none of "
+            + ", ".join(f"{name}, {name}.index.json" for name in _FILES)
+        )
+
+    def _read_index(self, index: Path) -> dict[Path, set[str] | None]:
+        files: dict[Path, set[str] | None] = {}
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            for tensor, file in sorted(weight_map.items()):
+                names = files.setdefault(self.folder / file, set())
+                assert names is not None
+                names.add(tensor)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from error
+        return files
+
+    def _add(self, path: Path, expected: set[str] | None) -> None:
+        if not path.is_file():
+            some = min(expected or {"all"})
+            raise ValueError(f"{path} is missing; it holds tensor {some} and others")
+        if path.suffix == ".safetensors":
+            with _open(path) as file:
+                found = {
+                    name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())
+                }
+        else:
+            found = {name: tuple(value.shape) for name, value in self._load_bin(path).items()}
+        missing = sorted((expected or set()) - set(found))
+        if missing:
+            raise ValueError(f"{path} lacks tensor {missing[0]}, which the index says it holds")
+        self.shapes |= found
+        self._paths |= dict.fromkeys(found, path)
+
+    def _load_bin(self, path: Path) -> dict[str, Tensor]:
+        if self._bin is None or self._bin[0] != path:
+            self._bin = None  # one file at a time
+            self._bin = (path, _read_bin(path))
+        return self._bin[1]
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}; it has {path.stat().st_size} bytes)"
+        ) from error
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            return dict(torch.load(path, mmap=True, **options))
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return dict(torch.load(path, **options))  # torch.save's format before 1.6
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged or cut short ({reason})") from error
