@@ -1,28 +1,35 @@
-"""From JSON lines to the indexed data sets that training reads.
+"""From corpora to the indexed data sets that training reads.
 
-Chunks of lines are tokenized in any number of processes and written in their order, so the files
+Chunks of records are tokenized in any number of processes and written in their order, so the files
 do not depend on the number of workers. Output grows under temporary names and is renamed when it
 is complete.
 """
 
-import json
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megatron_sat.corpora import (
+    BadRecord,
+    Chunk,
+    Record,
+    TextDocuments,
+    decode,
+    expand,
+    read_chunks,
+)
 from megatron_sat.training.tokenizer import Tokenizer
-
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(kw_only=True)
@@ -30,21 +37,16 @@ class Progress:
     """How far `preprocess` is. Documents and tokens are those written, over all keys."""
 
     bytes_total: int
-    """Size of the input."""
+    """Size of the input, compressed where it is."""
     bytes_done: int = 0
     documents: int = 0
     empty_documents: int = 0
     """Documents without a token; they are left out."""
     tokens: int = 0
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Consecutive lines of a file; the first has the number `first_line`, counted from 1."""
-
-    path: str
-    first_line: int
-    lines: list[bytes]
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Bad records by their reason; they are left out under all keys."""
+    first_skipped: dict[str, str] = field(default_factory=dict)
+    """The first bad record of each reason, as `file:line: reason (detail)`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class _Encoded:
     tokens: list[np.ndarray]
     lengths: list[list[int]]
     empty_documents: int
+    skipped: Counter[str]
+    first_skipped: dict[str, str]
+    """In the order of the records."""
     bytes_done: int
 
 
@@ -64,51 +69,56 @@ class _Encoder:
     append_eod: bool
     dtype: type[np.number]
 
-    def __call__(self, chunk: _Chunk) -> _Encoded:
-        tokens: list[list[int]] = [[] for _ in self.json_keys]
-        lengths: list[list[int]] = [[] for _ in self.json_keys]
-        empty = 0
-        for number, line in enumerate(chunk.lines, chunk.first_line):
-            if not line.strip():
-                continue
-            for i, ids in enumerate(self._documents(line, f"{chunk.path}:{number}")):
-                if not ids:
-                    empty += 1
-                    continue
-                tokens[i] += ids
-                if self.append_eod:
-                    tokens[i].append(self.tokenizer.eod)
-                lengths[i].append(len(ids) + self.append_eod)
+    def __call__(self, chunk: Chunk) -> _Encoded:
+        bad: list[BadRecord] = []
+        good: list[Record] = []
+        for record in decode(chunk, self.json_keys):
+            if isinstance(record, BadRecord):
+                bad.append(record)
+            else:
+                good.append(record)
+        ids = self._tokenize(good, bad)
+        bad.sort(key=lambda record: record.number)
+        first: dict[str, str] = {}
+        for record in bad:
+            if record.reason not in first:
+                first[record.reason] = record.describe(chunk)
+        end = [self.tokenizer.eod] if self.append_eod else []
+        tokens, lengths, empty = [], [], 0
+        for texts in ids:
+            documents = [document + end for document in texts if document]
+            empty += len(texts) - len(documents)
+            lengths.append([len(document) for document in documents])
+            tokens.append(np.fromiter(chain.from_iterable(documents), self.dtype, sum(lengths[-1])))
         return _Encoded(
-            tokens=[np.array(ids, dtype=self.dtype) for ids in tokens],
+            tokens=tokens,
             lengths=lengths,
             empty_documents=empty,
-            bytes_done=sum(map(len, chunk.lines)),
+            skipped=Counter(record.reason for record in bad),
+            first_skipped=first,
+            bytes_done=chunk.bytes_done,
         )
 
-    def _documents(self, line: bytes, where: str) -> Iterator[list[int]]:
-        """Token ids under each key of the record in `line`. ValueError that begins with `where`."""
+    def _tokenize(self, records: list[Record], bad: list[BadRecord]) -> list[list[list[int]]]:
+        """The ids of each record's text under each key. Records that a tokenizer refuses are added
+        to `bad` and left out."""
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: not a JSON object but {type(record).__name__}")
-        for key in self.json_keys:
-            if key not in record:
-                raise ValueError(
-                    f'{where}: no key "{key}" (--json-keys); the record has '
-                    f"{', '.join(record) or 'none'}"
-                )
-            text = record[key]
-            if not isinstance(text, str):
-                raise ValueError(f'{where}: "{key}" is not a string but {type(text).__name__}')
+            return [
+                self.tokenizer.tokenize_batch([record.texts[i] for record in records])
+                for i in range(len(self.json_keys))
+            ]
+        except ValueError:
+            pass  # one of them: which?
+        ids: list[list[list[int]]] = [[] for _ in self.json_keys]
+        for record in records:
             try:
-                text.encode()  # a lone surrogate is valid JSON and not valid text
-                ids = self.tokenizer.tokenize(text)
+                texts = [self.tokenizer.tokenize(text) for text in record.texts]
             except ValueError as error:
-                raise ValueError(f'{where}: "{key}" cannot be tokenized ({error})') from error
-            yield ids
+                bad.append(BadRecord(record.number, "cannot be tokenized", str(error)))
+                continue
+            for documents, document in zip(ids, texts, strict=True):
+                documents.append(document)
+        return ids
 
 
 # A worker's encoder: sent once to each process, not with each chunk.
@@ -124,7 +134,7 @@ def _start_worker(encoder: _Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _encode_in_worker(chunk: _Chunk) -> _Encoded:
+def _encode_in_worker(chunk: Chunk) -> _Encoded:
     assert _worker_encoder is not None
     return _worker_encoder(chunk)
 
@@ -172,37 +182,49 @@ def preprocess(
     output_prefix: str,
     tokenizer: Tokenizer,
     json_keys: Sequence[str] = ("text",),
+    text_documents: TextDocuments = "file",
     workers: int = 1,
     append_eod: bool = False,
+    strict: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Progress:
-    """Tokenize the files `inputs`, one JSON object a line, into one data set per key, named
-    `<output_prefix>_<key>_document.bin` and `.idx`. Empty lines are ignored.
+    """Tokenize the files that `inputs` (paths and glob patterns) name into one data set per key,
+    `<output_prefix>_<key>_document.bin` and `.idx`.
 
-    `append_eod` ends each document with the tokenizer's `eod`. `on_progress` is called now and
-    then in this process. Tokens are uint16 where the vocabulary allows it, else int32.
+    Formats, by the files' names: JSON lines (`.jsonl`, `.json`, `.ndjson`: one object a line,
+    empty lines are ignored), Parquet (a column for each key), plain text (`.txt`, `.text`: each
+    file a document, or with `text_documents` "blank-line" each run of lines without an empty one;
+    the key is "text"). All but Parquet may be compressed with gzip or zstd.
 
-    Returns the final counts. Raises ValueError, leaving no output: for the first bad record with
-    its file and line, an input that is missing, output that exists, input without a document.
+    `append_eod` ends each document with the tokenizer's `eod`. A bad record is counted and left
+    out; with `strict` it ends the run. `on_progress` is called now and then in this process.
+    Tokens are uint16 where the vocabulary allows it, else int32.
+
+    Returns the final counts. Raises ValueError, leaving no output: an input that is missing,
+    damaged or of unknown format, output that exists, input without a document, and with `strict`
+    the first bad record with its file and line.
     """
     if workers < 1:
         raise ValueError(f"--workers is {workers}; valid: at least 1")
-    for path in inputs:
-        if not Path(path).is_file():
-            raise ValueError(f"--input: {path} is not a file")
-    progress = Progress(bytes_total=sum(Path(path).stat().st_size for path in inputs))
+    files = expand(inputs)
+    progress = Progress(bytes_total=sum(Path(path).stat().st_size for path in files))
     encoder = _Encoder(
         tokenizer=tokenizer,
         json_keys=tuple(dict.fromkeys(json_keys)),
         append_eod=append_eod,
         dtype=DType.optimal_dtype(tokenizer.vocab_size),
     )
+    chunks = chain.from_iterable(
+        read_chunks(path, keys=encoder.json_keys, text_documents=text_documents) for path in files
+    )
     with ExitStack() as cleanup:
         outputs = []
         for key in encoder.json_keys:
             outputs.append(_Output(f"{output_prefix}_{key}_document", encoder.dtype))
             cleanup.callback(outputs[-1].discard)
-        for encoded in _encode_all(encoder, _chunks(inputs), workers=workers):
+        for encoded in _encode_all(encoder, chunks, workers=workers):
+            if strict and encoded.first_skipped:
+                raise ValueError(next(iter(encoded.first_skipped.values())))
             for output, tokens, lengths in zip(
                 outputs, encoded.tokens, encoded.lengths, strict=True
             ):
@@ -211,35 +233,28 @@ def preprocess(
                 progress.tokens += len(tokens)
             progress.empty_documents += encoded.empty_documents
             progress.bytes_done += encoded.bytes_done
+            progress.skipped += encoded.skipped
+            progress.first_skipped = encoded.first_skipped | progress.first_skipped
             if on_progress is not None:
                 on_progress(progress)
         for key, output in zip(encoder.json_keys, outputs, strict=True):
             if not output.builder.sequence_lengths:
-                raise ValueError(f'--input: no document with a token under the key "{key}"')
+                raise ValueError(
+                    "; ".join(
+                        [
+                            f'--input: no document with a token under the key "{key}"',
+                            *(f"skipped {where}" for where in progress.first_skipped.values()),
+                        ]
+                    )
+                )
             output.finish()
         for output in outputs:
             output.publish()
     return progress
 
 
-def _chunks(inputs: Sequence[str]) -> Iterator[_Chunk]:
-    for path in inputs:
-        lines: list[bytes] = []
-        size, first = 0, 1
-        with open(path, "rb") as stream:
-            for line in stream:
-                lines.append(line)
-                size += len(line)
-                if size >= _CHUNK_BYTES:
-                    yield _Chunk(path, first, lines)
-                    first += len(lines)
-                    lines, size = [], 0
-        if lines:
-            yield _Chunk(path, first, lines)
-
-
-def _encode_all(encoder: _Encoder, chunks: Iterator[_Chunk], *, workers: int) -> Iterator[_Encoded]:
-    """Encode the chunks in order; an error is that of the first bad chunk."""
+def _encode_all(encoder: _Encoder, chunks: Iterator[Chunk], *, workers: int) -> Iterator[_Encoded]:
+    """Encode the chunks in their order."""
     if workers == 1:
         yield from map(encoder, chunks)
         return

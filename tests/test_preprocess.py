@@ -1,5 +1,6 @@
 """Preprocessing: the tokens of each text, whole files or none, the same for all worker counts."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-import megatron_sat.preprocess
+import megatron_sat.corpora
 from megatron_sat.preprocess import Progress, preprocess
 from megatron_sat.training.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
 
@@ -37,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron_sat.preprocess, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr(megatron_sat.corpora, "_CHUNK_BYTES", 500)
 
 
 def write_lines(path: Path, records: list[Any]) -> str:
@@ -128,15 +129,15 @@ GOOD = [{"text": "1 2 3"}] * 60
     ("bad", "message"),
     [
         ('{"text": "1', "not JSON"),
-        ("[1, 2]", "not a JSON object but list"),
-        ({"body": "1", "id": 2}, r'no key "text" \(--json-keys\); the record has body, id'),
-        ({"text": 3}, '"text" is not a string but int'),
-        ({"text": "1 9999"}, r'"text" cannot be tokenized \(token id 9999'),
-        ('{"text": "\\ud800"}', '"text" cannot be tokenized .*surrogates'),
+        ("[1, 2]", r"not a JSON object \(but list"),
+        ({"body": "1", "id": 2}, r'no key "text" \(--json-keys; the record has body, id'),
+        ({"text": 3}, r'"text" is not a string \(but int'),
+        ({"text": "1 9999"}, r"cannot be tokenized \(token id 9999"),
+        ('{"text": "\\ud800"}', '"text" is not valid text .*surrogates'),
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_the_first_bad_record_ends_the_run(
+def test_strictly_the_first_bad_record_ends_the_run(
     tmp_path: Path, workers: int, bad: Any, message: str
 ) -> None:
     first = write_lines(tmp_path / "first.jsonl", GOOD)
@@ -148,6 +149,7 @@ def test_the_first_bad_record_ends_the_run(
             output_prefix=str(tmp_path / "out"),
             tokenizer=NullTokenizer(100),
             workers=workers,
+            strict=True,
         )
     assert set(tmp_path.iterdir()) == before
 
@@ -172,7 +174,7 @@ def test_input_without_documents_is_refused(tmp_path: Path) -> None:
             **options,
         )
 
-    with pytest.raises(ValueError, match=r"--input: .*absent is not a file"):
+    with pytest.raises(ValueError, match=r"--input: there is no file .*absent"):
         run(str(tmp_path / "absent"))
     with pytest.raises(ValueError, match='no document with a token under the key "text"'):
         run(write_lines(tmp_path / "in.jsonl", [{"text": ""}]))
@@ -247,3 +249,64 @@ def test_the_command_line(
         tool.main(command)
     assert end.value.code == 2
     assert "error: --output-prefix: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_records_are_counted_and_left_out(tmp_path: Path, workers: int) -> None:
+    bad = ["bad", {"body": "1"}, {"text": None}, {"text": "1 9999"}, "[]", "bad again"]
+    inputs = [
+        write_lines(tmp_path / "1.jsonl", [*GOOD, *bad[:3]]),
+        write_lines(tmp_path / "2.jsonl", [*bad[3:], *GOOD]),
+    ]
+    done = preprocess(
+        inputs=[str(tmp_path / "*.jsonl")],
+        output_prefix=str(tmp_path / "out"),
+        tokenizer=NullTokenizer(100),
+        workers=workers,
+    )
+    assert read_documents(tmp_path / "out_text_document", np.uint16) == [[1, 2, 3]] * 120
+    assert done.skipped == {
+        "not JSON": 2,
+        'no key "text"': 1,
+        '"text" is not a string': 1,
+        "cannot be tokenized": 1,
+        "not a JSON object": 1,
+    }
+    assert done.first_skipped["not JSON"].startswith(f"{inputs[0]}:61: not JSON (Expecting")
+    assert done.first_skipped["cannot be tokenized"].startswith(f"{inputs[1]}:1: cannot be")
+    with pytest.raises(ValueError, match=r'no document .*; skipped .*bad\.jsonl:1: no key "text"'):
+        preprocess(
+            inputs=[write_lines(tmp_path / "bad.jsonl", [{"body": "1"}])],
+            output_prefix=str(tmp_path / "bad"),
+            tokenizer=NullTokenizer(100),
+        )
+
+
+def test_a_damaged_file_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "1 2 3"}\n' * 5000)[:-9])
+    with pytest.raises(ValueError, match=r"in\.jsonl\.gz cannot be read to its end"):
+        preprocess(
+            inputs=[str(path)],
+            output_prefix=str(tmp_path / "out"),
+            tokenizer=NullTokenizer(100),
+            workers=2,
+        )
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_line_names_skipped_records_and_their_reasons(
+    tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("1 2\n\n3\n\nnot a number\n")
+    command = ["--input", str(tmp_path / "*.txt"), "--output-prefix", str(tmp_path / "out")]
+    command += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"]
+    command += ["--text-documents", "blank-line"]
+    with pytest.raises(SystemExit):
+        tool.main([*command, "--strict"])
+    assert "error: " in (err := capsys.readouterr().err) and "in.txt:5: cannot be" in err
+    tool.main(command)
+    wrote, skipped = capsys.readouterr().out.splitlines()
+    assert wrote.startswith("wrote 2 documents, 3 tokens in ")
+    assert skipped.startswith("skipped 1 record: cannot be tokenized; the first: ")
+    assert "in.txt:5: " in skipped

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Tokenize JSON lines into the indexed data sets (.bin and .idx) that training reads."""
+"""Tokenize corpora (JSON lines, Parquet, plain text; gzip or zstd) into the indexed data sets (.bin
+and .idx) that training reads."""
 
 import argparse
 import signal
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # First, as it silences what Megatron-core says of optional kernels when it is imported.
 import megatron_sat.training  # noqa: F401
+from megatron_sat.corpora import TextDocuments
 from megatron_sat.preprocess import Progress, preprocess
 from megatron_sat.training.config import TokenizerType
 from megatron_sat.training.tokenizer import build_tokenizer
@@ -29,8 +31,26 @@ _SECONDS_PER_LINE = 10.0
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, one object a line")
-    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="texts (default: text)")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or quoted glob patterns: .jsonl, .parquet, .txt; also .jsonl.gz, .txt.zst ...",
+    )
+    add(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys, or Parquet columns, of the texts (default: text)",
+    )
+    add(
+        "--text-documents",
+        choices=get_args(TextDocuments),
+        default="file",
+        help="what ends a document of plain text: its file, or a blank line (default: %(default)s)",
+    )
     add(
         "--output-prefix",
         required=True,
@@ -41,8 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer-model", help="SentencePiece file or Hugging Face tokenizer folder")
     add("--vocab-size", type=int, help="vocabulary of NullTokenizer, whose text is token ids")
     add("--append-eod", action="store_true", help="end each document with the end-of-text token")
+    add("--strict", action="store_true", help="stop at a bad record instead of leaving it out")
     add("--workers", type=int, default=1, help="processes (default: %(default)s)")
     return parser
+
+
+def _skipped(progress: Progress) -> str:
+    count = sum(progress.skipped.values())
+    return f" | {count:,} skipped" if count else ""
 
 
 def _lines(console: Console) -> Callable[[Progress], None]:
@@ -55,9 +81,9 @@ def _lines(console: Console) -> Callable[[Progress], None]:
         if now - last >= _SECONDS_PER_LINE:
             last = now
             console.print(
-                f"{progress.bytes_done / progress.bytes_total:.1%} | "
+                f"{progress.bytes_done / max(1, progress.bytes_total):.1%} | "
                 f"{progress.documents:,} documents | {progress.tokens:,} tokens | "
-                f"{progress.tokens / (now - begin):,.0f} tokens/s",
+                f"{progress.tokens / (now - begin):,.0f} tokens/s" + _skipped(progress),
                 highlight=False,
             )
 
@@ -87,7 +113,8 @@ def _bar(console: Console) -> tuple[Bar, Callable[[Progress], None]]:
                 task,
                 completed=progress.bytes_done,
                 total=progress.bytes_total,
-                written=f"{progress.documents:,} documents {progress.tokens:,} tokens",
+                written=f"{progress.documents:,} documents {progress.tokens:,} tokens"
+                + _skipped(progress),
                 refresh=True,
             )
 
@@ -106,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
             output_prefix=args.output_prefix,
             tokenizer=build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size),
             json_keys=args.json_keys,
+            text_documents=args.text_documents,
+            strict=args.strict,
             workers=args.workers,
             append_eod=args.append_eod,
             on_progress=on_progress,
@@ -128,6 +157,10 @@ def main(argv: list[str] | None = None) -> None:
         f"wrote {done.documents:,} documents{empty}, {done.tokens:,} tokens "
         f"in {seconds:.1f} s ({done.tokens / seconds:,.0f} tokens/s)"
     )
+    for reason, count in done.skipped.most_common():
+        print(
+            f"skipped {count:,} record{'s' * (count > 1)}: {reason}; the first: {done.first_skipped[reason]}"
+        )
 
 
 if __name__ == "__main__":
