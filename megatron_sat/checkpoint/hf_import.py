@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sat.checkpoint.families import Family, dims
 from megatron_sat.checkpoint.hf_reader import HFReader
-from megatron_sat.checkpoint.layout import Named, cut
+from megatron_sat.checkpoint.layout import Named, Piece, cut
 from megatron_sat.training.config import ModelConfig
 
 # Large enough that a disk reads at full speed, small beside any model.
@@ -78,7 +79,7 @@ class HFWeights:
         assert not parameters, f"no layout for {', '.join(parameters)}"
 
 
-def _own_part(parameter: Tensor) -> tuple[Tensor, int]:
+def _own_part(parameter: Any) -> tuple[Tensor, int]:
     """What this rank keeps of a parameter, flat, and where it begins in the whole."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter.data.view(-1), 0
@@ -87,7 +88,7 @@ def _own_part(parameter: Tensor) -> tuple[Tensor, int]:
 
 
 def _blocks(
-    reader: HFReader, named: Named, pieces: list, rows: tuple[int, int], width: int
+    reader: HFReader, named: Named, pieces: list[Piece], rows: tuple[int, int], width: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Blocks of whole rows of a rank's parameter, each with the flat position where it begins."""
     step = max(1, _BLOCK_BYTES // (4 * width))

@@ -39,6 +39,11 @@ def load_weights(model: torch.nn.Module, weights: HFWeights) -> None:
             rank=parallel_state.get_tensor_model_parallel_rank(),
             size=parallel_state.get_tensor_model_parallel_world_size(),
         )
+    for parameter in model.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            # ZeRO++'s second partition is made again of the first.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                pass
 
 
 def plan_export(
