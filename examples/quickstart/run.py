@@ -30,7 +30,7 @@ from megatron_sat.training.arguments import parse_args
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARKER = ".made-by-quickstart"
 TRAIN_BYTES, VALIDATION_BYTES = 4_000_000, 250_000
-PYTHON_STEPS, C_STEPS = 240, 150
+PYTHON_STEPS, C_STEPS = 200, 150
 
 MODEL = """
     --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 8
@@ -39,7 +39,7 @@ MODEL = """
 TRAINING = """
     --micro-batch-size 8 --global-batch-size 16 --zero-stage 3 --lr-decay-style cosine
     --lr-warmup-iters 10 --adam-beta2 0.95 --weight-decay 0.1
-    --eval-iters 8 --num-workers 0
+    --eval-iters 6 --num-workers 0
 """
 # The paper's setting: eta = 2/3 T, L = 5, maxip and sampling are the defaults. Of 384 channels, the
 # default multiple of 128 would be too coarse.
@@ -86,7 +86,7 @@ class Quickstart:
             flags = f"--train-iters {PYTHON_STEPS} --eval-interval {PYTHON_STEPS} --lr 4e-3"
             flags += " --log-interval 20"
             self._train(python, (python, c), runs["python"], flags)
-        flags = f"--train-iters {C_STEPS} --eval-interval {C_STEPS // 6} --lr 2e-3"
+        flags = f"--train-iters {C_STEPS} --eval-interval {C_STEPS // 5} --lr 2e-3"
         flags += f" --log-interval 5 --finetune --load {runs['python']}"
         with stages.stage(f"4/6 Continue on C, dense, {C_STEPS} steps"):
             self._train(c, (python, c), runs["dense"], flags)

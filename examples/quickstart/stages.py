@@ -3,6 +3,7 @@ prints in short form."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,7 @@ class Stages:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
+                start_new_session=True,
             ) as process,
         ):
             file.write("$ " + " ".join(command) + "\n")
@@ -74,7 +76,8 @@ class Stages:
                     if short is not None:
                         self._console.print("      " + short, markup=False)
             except BaseException:
-                process.terminate()
+                # The whole group: DeepSpeed's launcher does not pass the signal on to its ranks.
+                os.killpg(process.pid, signal.SIGTERM)
                 raise
         if process.returncode:
             tail = log.read_text(encoding="utf-8").splitlines()[-TAIL_LINES:]

@@ -1,0 +1,197 @@
+"""The launch scripts, and what README and docs/ tell a reader to type, against the real parser."""
+
+import os
+import re
+import shlex
+import stat
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sat import SATConfig, testing
+from megatron_sat.schedule import OmissionSchedule
+from megatron_sat.testing import run_on_ranks
+from megatron_sat.training.arguments import build_parser, parse_args
+from megatron_sat.training.deepspeed_config import build_deepspeed_config
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = REPOSITORY / "examples"
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+REQUIRED = {
+    "pretrain_llama2_7b.sh": ("DATA", "TOKENIZER", "SAVE"),
+    "pretrain_multinode.sh": ("HOSTFILE", "DATA", "TOKENIZER", "SAVE"),
+    "spdf.sh": ("DATA", "TOKENIZER", "SAVE"),
+}
+VARIABLES = {
+    "HOSTFILE": "hosts with blanks",
+    "DATA": "0.7 data/a 0.3 data/b",
+    "TOKENIZER": "to ken.model",
+    "SAVE": "sa ve",
+}
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a script with a `deepspeed` that prints its arguments; returns exit code, arguments and
+    standard error."""
+    stub = tmp_path / "deepspeed"
+    stub.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+
+    def run(script: str, *flags: str, **variables: str) -> tuple[int, list[str], str]:
+        known = {*VARIABLES, "VALID", "LOAD", "MICRO_BATCH_SIZE", "TENSOR_PARALLEL", "GPUS"}
+        known.add("DEEPSPEED_CONFIG")
+        clean = {name: value for name, value in os.environ.items() if name not in known}
+        done = subprocess.run(
+            [str(EXAMPLES / script), *flags],
+            env=clean | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout.split("\0")[:-1], done.stderr
+
+    return run
+
+
+def trainer_arguments(arguments: list[str]) -> list[str]:
+    """What follows pretrain_sat.py, which must be there."""
+    position = next(i for i, a in enumerate(arguments) if a.endswith("pretrain_sat.py"))
+    if os.sep in arguments[position]:
+        assert Path(arguments[position]).is_file()
+    return arguments[position + 1 :]
+
+
+def test_every_script_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.sh")} == set(REQUIRED)
+
+
+@pytest.mark.parametrize("script", REQUIRED)
+@pytest.mark.parametrize("ranks", [8, 32])
+def test_flags_of_a_script_are_valid_and_in_the_papers_setting(launch, script, ranks):
+    code, arguments, _ = launch(script, **VARIABLES)
+    assert code == 0
+    config = parse_args(trainer_arguments(arguments), world_size=ranks)
+    schedule = OmissionSchedule.from_config(config.sat)
+    assert (config.train_iters, config.global_batch_size) == (3000, 1024)
+    assert config.model.seq_length == 4096
+    if script == "spdf.sh":
+        assert config.sat.selection == "static"
+        assert [stage.rate for stage in schedule.stages()] == [0.5, 0.0]
+    else:
+        assert config.sat.selection == "sampling"
+        assert schedule.mean_rate() == pytest.approx(0.361, abs=5e-4)
+    assert config.data.data_path == ("0.7", "data/a", "0.3", "data/b")
+    assert config.data.tokenizer_model == "to ken.model"
+    assert config.checkpoint.save == "sa ve"
+    settings = build_deepspeed_config(config, world_size=ranks)
+    assert settings["zero_optimization"]["stage"] == 3 and settings["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize("script", REQUIRED)
+def test_a_script_says_what_it_needs(launch, script):
+    for missing in REQUIRED[script]:
+        given = {name: value for name, value in VARIABLES.items() if name != missing}
+        code, arguments, error = launch(script, **given)
+        assert code == 2 and not arguments
+        assert re.search(rf"^  {missing} ", error, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", REQUIRED)
+def test_optional_variables_and_flags(launch, script, tmp_path):
+    code, arguments, _ = launch(
+        script,
+        *("--sat-omission-rate", "0"),
+        **VARIABLES,
+        VALID="old=data/old new=data/new",
+        LOAD=str(tmp_path),
+        MICRO_BATCH_SIZE="1",
+        TENSOR_PARALLEL="2",
+        DEEPSPEED_CONFIG=str(EXAMPLES / "deepspeed_zero3_offload.json"),
+        GPUS="4",
+    )
+    assert code == 0
+    config = parse_args(trainer_arguments(arguments), world_size=8)
+    assert config.sat is None and config.micro_batch_size == 1
+    assert config.finetune and config.checkpoint.load == str(tmp_path)
+    assert dict(config.data.valid_data) == {"old": ("data/old",), "new": ("data/new",)}
+    settings = build_deepspeed_config(config, world_size=8)
+    assert settings["zero_optimization"]["offload_param"]["device"] == "cpu"
+    if script == "pretrain_multinode.sh":
+        assert config.parallel.tensor_model_parallel_size == 2
+        assert config.parallel.sequence_parallel
+        assert arguments[:2] == ["--hostfile", VARIABLES["HOSTFILE"]]
+    else:
+        assert arguments[:2] == ["--num_gpus", "4"]
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of the shell blocks of a page, continuations joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_documentation_parse(page, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for command in commands(page):
+        words = shlex.split(command, comments=True)
+        if any(word.endswith("pretrain_sat.py") for word in words) and "..." not in words:
+            argv = trainer_arguments(words)
+            if "--help" not in argv:
+                parse_args(argv, world_size=8)
+        for word in words:
+            if re.match(r"(examples|tools)/", word) and "*" not in word:
+                assert (REPOSITORY / word).exists(), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_links_of_the_documentation_exist(page):
+    text = page.read_text()
+    options = {o for action in build_parser()._actions for o in action.option_strings}
+    others = {"--num_gpus", "--hostfile", "--work-dir", "--logdir"}
+    tools = "".join(path.read_text() for path in (REPOSITORY / "tools").glob("*.py"))
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*[\w]", text)) - options - others:
+        assert f'"{flag}"' in tools, flag
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_table_of_flags_has_every_setting_with_its_default():
+    readme = (REPOSITORY / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(--sat-[\w-]+)` \|[^|]*\| ([^|]*?) \|", readme, re.MULTILINE))
+    assert set(rows) == {"--sat-" + item.name.replace("_", "-") for item in fields(SATConfig)}
+    defaults = {action.dest: action.default for action in build_parser()._actions}
+    for flag, shown in rows.items():
+        default = defaults[flag[2:].replace("-", "_")]
+        if isinstance(default, list):
+            default = " ".join(default)
+        if default is not None:
+            expected = f"{default:g}" if isinstance(default, float) else str(default)
+            assert shown.split(" (")[0].strip("`") == expected, flag
+
+
+def run_readme_loop(code: str) -> list[float]:
+    """Execute the loop with a small model and four batches; the losses that it saw."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 64, (4, 2, 9), generator=generator)
+    positions = torch.arange(8).expand(2, 8)
+    batches = [(step[:, :-1], positions, step[:, 1:]) for step in tokens]
+    losses: list[float] = []
+    values = {
+        "transformer_config": testing.tiny_config(),
+        "batches": [batches[:2], batches[2:]] * 3,
+        "report": losses.append,
+    }
+    exec(code, values)
+    return losses
+
+
+def test_readme_loop_runs_and_learns():
+    readme = (REPOSITORY / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    (losses,) = run_on_ranks(run_readme_loop, 1, code + "\n    report(float(loss))\n")
+    assert len(losses) == 6 and losses[-1] < losses[0]
