@@ -1,5 +1,6 @@
 """Whole training runs of the trainer, small enough for tests."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def train_on_ranks(argv: Sequence[str], world_size: int) -> list[dict[str, Any]]
     from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
     run_on_ranks(_train, world_size, list(argv))
-    save = argv[len(argv) - 1 - list(reversed(argv)).index("--save") + 1]
+    save = [value for flag, value in itertools.pairwise(argv) if flag == "--save"][-1]
     return read_metrics(Path(save) / METRICS_FILE)
 
 

@@ -180,4 +180,10 @@ def _describe(
     if stored is not None:
         how = "weights of" if config.finetune else "continuing"
         lines.append(f" {how} {stored.folder}, at iteration {progress.iteration}")
+        was = stored.config.micro_batch_size
+        if config.sat is not None and not config.finetune and config.micro_batch_size != was:
+            lines.append(
+                f" --micro-batch-size is {config.micro_batch_size} and was {was}: subsets are now "
+                "chosen by other tokens, and differ from those of the run as it was"
+            )
     return "\n".join(lines)

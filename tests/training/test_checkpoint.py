@@ -145,7 +145,7 @@ def first_step(argv: list[str]) -> tuple[int, int, float]:
         before = whole(self.engine.module)
         begin = (self.iteration, self.consumed_samples)
         train_step(self, batches)
-        change = (whole(self.engine.module) - before).abs()
+        change = (whole(self.engine.module) - before).abs().float()
         seen.append((*begin, float(change[change > 0].median() / self.learning_rate.lr)))
 
     with mock.patch.object(Trainer, "train_step", measure):
@@ -153,7 +153,7 @@ def first_step(argv: list[str]) -> tuple[int, int, float]:
     return seen[0]
 
 
-@pytest.mark.parametrize("stage", ["0", "1", "3"])
+@pytest.mark.parametrize("stage", ["0", "1", "3", "0 --bf16"])
 def test_what_is_left_behind_of_the_optimizer(tmp_path, tiny_data, stage):
     argv = tiny_run(tiny_data, RUN + f"--zero-stage {stage} ")
     train_on_ranks([*argv, "--save", str(tmp_path / "first")], 2)
@@ -166,8 +166,9 @@ def test_what_is_left_behind_of_the_optimizer(tmp_path, tiny_data, stage):
     assert runs["--finetune"][:2] == (0, 0)
     # Adam's first step changes what has a gradient by the learning rate; a later one, after
     # gradients of other signs and sizes, by less.
-    assert runs["--no-load-optim"][2] == pytest.approx(1.0, abs=1e-3)
-    assert runs["--finetune"][2] == pytest.approx(1.0, abs=1e-3)
+    error = 0.05 if "--bf16" in stage else 1e-3
+    assert runs["--no-load-optim"][2] == pytest.approx(1.0, abs=error)
+    assert runs["--finetune"][2] == pytest.approx(1.0, abs=error)
     assert runs[""][2] < 0.8
 
 

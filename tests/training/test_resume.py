@@ -1,5 +1,7 @@
 """A resumed run is the run that was never stopped, bit for bit."""
 
+import contextlib
+import io
 import os
 import signal
 from pathlib import Path
@@ -92,3 +94,23 @@ def test_a_finished_run_that_is_started_again_does_nothing(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, "--train-iters 3", save=tmp_path)
     lines = train_on_ranks(argv, 1)
     assert train_on_ranks([*argv, "--load", str(tmp_path)], 1) == lines
+
+
+def printed(argv: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train(argv)
+    return output.getvalue()
+
+
+def test_other_micro_batches_are_mentioned(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, "--train-iters 3 --sat-omission-rate 0.5 --eval-iters 0 ")
+    train_on_ranks([*argv, "--save", str(tmp_path)], 1)
+    argv += ["--load", str(tmp_path)]
+    warning = "--micro-batch-size is 4 and was 2: subsets are now chosen by other tokens"
+    for flags, expected in (
+        ([], False),
+        (["--micro-batch-size", "4"], True),
+        (["--micro-batch-size", "4", "--finetune"], False),
+    ):
+        (output,) = run_on_ranks(printed, 1, [*argv, *flags])
+        assert (warning in output) == expected
