@@ -158,9 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         f"in {seconds:.1f} s ({done.tokens / seconds:,.0f} tokens/s)"
     )
     for reason, count in done.skipped.most_common():
-        print(
-            f"skipped {count:,} record{'s' * (count > 1)}: {reason}; the first: {done.first_skipped[reason]}"
-        )
+        records = "record" if count == 1 else "records"
+        print(f"skipped {count:,} {records}: {reason}; the first: {done.first_skipped[reason]}")
 
 
 if __name__ == "__main__":
