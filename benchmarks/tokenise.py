@@ -4,11 +4,11 @@
     python benchmarks/tokenise.py --workers 2 --output benchmarks/results/tokenise.csv
 
 The text is Python's standard library and installed packages, cut to `--megabytes`, in JSON lines;
-the tokenizers are byte-pair encodings trained on the beginning of it. The library is given the
-texts in large batches, already in memory, with as many threads as the preprocessing has workers, and makes
-lists of ids: SentencePiece's `encode(texts, num_threads=...)`, and `encode_batch_fast` of Hugging
-Face's tokenizers. The preprocessing starts from the file and ends with the data set on disk. Both
-take turns; the best of `--repeats` counts, as other work on the machine only ever slows down.
+the tokenizers are byte-pair encodings trained on a sample of it. The library is given the texts in
+memory, in large batches and with as many threads as the preprocessing has workers, and makes lists
+of ids: SentencePiece's `encode(texts, num_threads=...)`, and `encode_batch_fast` of Hugging Face's
+tokenizers. The preprocessing starts from the file and ends with the data set on disk. Both take
+turns; the best of `--repeats` counts, as other work on the machine only ever slows down.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def train_sentencepiece(texts: list[str], folder: Path) -> Path:
 
 
 def train_hugging_face(texts: list[str], folder: Path) -> Path:
-    """The folder of a byte-level tokenizer with Llama 3's way of cutting words."""
+    """The folder of a byte-level tokenizer as GPT-2's."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
