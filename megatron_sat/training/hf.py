@@ -102,8 +102,12 @@ def export(engine: Any, plan: HFExport) -> None:
             writer.__enter__()
             entered = True
     parameters = dict(engine.module.named_parameters())
+    masters = _stage0_masters(engine)
     for name, named in plan.parameters():
-        shards = _gather(parameters[name], float32=plan.dtype == "float32")
+        parameter = parameters[name]
+        if plan.dtype == "float32":
+            parameter = masters.get(parameter, parameter)
+        shards = _gather(parameter, float32=plan.dtype == "float32")
         if writer is None or shards is None or failure is not None:
             continue
         try:
@@ -117,6 +121,19 @@ def export(engine: Any, plan: HFExport) -> None:
             writer.__exit__(type(failure) if failure else None)
         if failure is not None:
             raise failure
+
+
+def _stage0_masters(engine: Any) -> dict[Tensor, Tensor]:
+    """Master weights by parameter at stage 0 in bf16, where DeepSpeed does not tell them."""
+    optimizer = engine.optimizer
+    groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()))
+    if engine.zero_optimization_stage() != 0:
+        return {}
+    return {
+        parameter: master
+        for parameters, masters in groups
+        for parameter, master in zip(parameters, masters, strict=True)
+    }
 
 
 def _gather(parameter: Tensor, *, float32: bool) -> list[Tensor] | None:

@@ -221,6 +221,11 @@ def add_replicated_gradient_hooks(model: torch.nn.Module) -> list[str]:
     return names
 
 
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to a parameter: to matrices, not to norms and biases."""
+    return not (name.endswith(".bias") or "norm" in name)
+
+
 def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Two groups for the optimizer: matrices, and norms and biases, which do not decay.
 
@@ -231,8 +236,7 @@ def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_vector = name.endswith(".bias") or "norm" in name
-        (others if is_vector else decay).append(parameter)
+        (decay if is_decayed(name) else others).append(parameter)
     groups = [{"params": decay, "wd_mult": 1.0}, {"params": others, "wd_mult": 0.0}]
     return [group for group in groups if group["params"]]
 

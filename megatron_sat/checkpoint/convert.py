@@ -1,0 +1,180 @@
+"""The command line of `tools/convert_checkpoint.py`: a run's checkpoint to a Hugging Face folder,
+and the proof that both compute the same. Runs on one machine without a GPU."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
+from megatron_sat.checkpoint.hf_config import HFConfig, read_hf_config
+from megatron_sat.checkpoint.hf_export import MAX_SHARD_BYTES, HFExport, HFWriter
+from megatron_sat.checkpoint.verify import Verification, verify
+from megatron_sat.training.checkpoint import StoredCheckpoint, find_checkpoint
+from megatron_sat.training.config import HFDtype, TrainingConfig
+from megatron_sat.training.hf import default_dtype
+
+_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3, and so on."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert, verify, or both, as the command line says; the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return _run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def convert(
+    stored: StoredCheckpoint,
+    target: str | Path,
+    *,
+    dtype: HFDtype | None = None,
+    source: str | Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write the model of a checkpoint to the Hugging Face folder `target`.
+
+    Args:
+        stored: `find_checkpoint`'s.
+        target: The folder; it must not exist.
+        dtype: Type of the weights; None: as `--save-hf` chooses.
+        source: Folder whose config.json, generation config and tokenizer are taken; None: the
+            run's `--load-hf`, or what the run's own settings say.
+        max_shard_bytes: Largest weights file.
+
+    Returns: `target`.
+
+    Raises: ValueError, naming file and tensor, for what cannot be read or written.
+    """
+    config = stored.config
+    description = _source(config, source)
+    if config.model.vocab_size is None:
+        raise ValueError(f"{stored.folder} does not say its vocabulary's size")
+    export = HFExport(
+        target=Path(target),
+        model=config.model,
+        padded_vocabulary=stored.run_state["padded_vocab_size"],
+        dtype=dtype or default_dtype(config, description),
+        data=config.data,
+        source=description,
+        max_shard_bytes=max_shard_bytes,
+    )
+    weights = DeepSpeedWeights(stored)
+    try:
+        with HFWriter(export) as writer:
+            for name, named in export.parameters():
+                for tensor_name, tensor in named.assemble(export.dims, weights.shards(name)):
+                    writer.add(tensor_name, tensor)
+    except OSError as error:
+        raise ValueError(f"--save-hf {target} cannot be written ({error})") from error
+    return export.target
+
+
+def _source(config: TrainingConfig, given: str | Path | None) -> HFConfig | None:
+    folder = given or config.checkpoint.load_hf
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"the run's --load-hf {folder} is gone; give the folder whose config.json and "
+            "tokenizer to take with --load-hf"
+        )
+    return read_hf_config(folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write a run's checkpoint as a Hugging Face folder, and compare both.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--load", metavar="DIR", help="--save folder of a run")
+    add("--ckpt-step", type=int, help="iteration of the checkpoint (default: the latest)")
+    add("--save-hf", metavar="DIR", help="Hugging Face folder to write")
+    add("--save-hf-dtype", choices=("bfloat16", "float32"), help="type of its weights")
+    add(
+        "--load-hf",
+        metavar="DIR",
+        help="with --load: folder whose config.json and tokenizer to take (default: the run's); "
+        "alone: folder to verify as training reads it",
+    )
+    add(
+        "--max-shard-size",
+        type=float,
+        default=MAX_SHARD_BYTES / 1e9,
+        metavar="GB",
+        help="largest weights file (default: %(default)g)",
+    )
+    add(
+        "--verify",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="compare the logits of a Hugging Face folder (default: the one written, or "
+        "--load-hf) with ours; exit code 1 if they differ",
+    )
+    add("--tolerance", type=float, default=1e-3, help="of --verify (default: %(default)g)")
+    add("--text", default=_TEXT, help="what --verify computes logits of")
+    add("--text-file", metavar="FILE", help="file with that text")
+    add(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        help="how --verify cuts --load-hf (a checkpoint is read as its run cut it)",
+    )
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.load is None and (args.load_hf is None or args.save_hf is not None):
+        raise ValueError("give --load, the --save folder of a run, or --load-hf with --verify")
+    if args.save_hf is None and args.verify is None:
+        raise ValueError("nothing to do: give --save-hf, --verify or both")
+    if not args.max_shard_size > 0:
+        raise ValueError(f"--max-shard-size is {args.max_shard_size}; valid: above 0")
+    text = args.text
+    if args.text_file is not None:
+        try:
+            text = Path(args.text_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--text-file {args.text_file} cannot be read ({error})") from error
+    stored = None
+    if args.load is not None:
+        stored = find_checkpoint(args.load, iteration=args.ckpt_step)
+    if stored is not None and args.save_hf is not None:
+        convert(
+            stored,
+            args.save_hf,
+            dtype=args.save_hf_dtype,
+            source=args.load_hf,
+            max_shard_bytes=int(args.max_shard_size * 1e9),
+        )
+        print(f"wrote {args.save_hf} from {stored.folder}")
+    if args.verify is None:
+        return 0
+    folder = args.verify or args.save_hf or (args.load_hf if stored is None else None)
+    if folder is None:
+        raise ValueError("--verify needs a folder to compare the checkpoint with")
+    result = verify(
+        folder,
+        text,
+        stored=stored,
+        tensor_parallel=args.tensor_model_parallel_size,
+    )
+    return _report(result, args.tolerance)
+
+
+def _report(result: Verification, tolerance: float) -> int:
+    equal = result.largest_difference <= tolerance
+    print(
+        f"{result.tokens} tokens: the largest difference of a logit is "
+        f"{result.largest_difference:.3g} (logits up to {result.largest_logit:.3g}; loss "
+        f"{result.ours:.6f} here, {result.theirs:.6f} in transformers)"
+    )
+    verdict = "equal within" if equal else "DIFFERENT, above"
+    print(f"{verdict} the tolerance of {tolerance:g}")
+    return 0 if equal else 1
