@@ -10,15 +10,22 @@ with different tokens combine vectors of length `in` and never activations:
 Nothing here waits for the GPU, and sums are float32 or better.
 """
 
+import functools
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from megatron_sat.config import METRICS, Metric
-from megatron_sat.ops.score import row_dot, row_norm
+from megatron_sat.ops.score import block_dot, row_dot, row_norm
 
 __all__ = ["METRICS", "finish", "importance", "needs_statistic", "score", "statistic"]
+
+
+@functools.cache
+def _count_of(tokens: int, device: torch.device) -> Tensor:
+    """A constant of the device: each launch on the path to a subset is felt."""
+    return torch.full((), tokens, dtype=torch.float32, device=device)
 
 
 def _checked(metric: str) -> Metric:
@@ -55,7 +62,7 @@ def statistic(metric: str, inputs: Tensor, mask: Tensor | None = None) -> tuple[
     metric = _checked(metric)
     tokens = inputs.shape[:-1]
     if mask is None:
-        count = torch.full((), tokens.numel(), dtype=torch.float32, device=inputs.device)
+        count = _count_of(tokens.numel(), inputs.device)
     else:
         if mask.shape != tokens or mask.dtype != torch.bool:
             raise ValueError(
@@ -120,6 +127,28 @@ def score(metric: str, weight: Tensor, finished: Tensor) -> Tensor:
     if metric == "magnitude":
         return row_norm(weight)
     return row_dot(weight, finished)
+
+
+@torch.no_grad()
+def unit_score(
+    metric: str, weight: Tensor, finished: Tensor, *, unit: int, sections: int = 1
+) -> Tensor:
+    """The mean of `score` over each unit's rows, `[units]` float32.
+
+    Args:
+        metric: the metric.
+        weight: `[sections * units * unit, in]`: `sections` blocks of `units` units of `unit` rows
+            (gate and up projection, or heads of head-size rows: equation 6).
+        finished: `[in]` float32.
+        unit: rows of a unit in each block.
+        sections: number of blocks.
+
+    Raises:
+        ValueError: for an unknown metric.
+    """
+    if needs_statistic(metric):
+        return block_dot(weight, finished, unit=unit, sections=sections)
+    return score(metric, weight, finished).view(sections, -1, unit).mean(dim=(0, 2))
 
 
 def importance(metric: str, weight: Tensor, inputs: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.layers.layout import HeadLayout
+from megatron_sat.layers.rotary import FusedRotary
 from megatron_sat.ops.attention import causal_attention
 from megatron_sat.state import SATState
 
@@ -21,8 +22,8 @@ from megatron_sat.state import SATState
 class SATSelfAttention(SelfAttention):
     """Megatron-core's ``SelfAttention`` over the query heads of its site (equation 9).
 
-    Only the QKV projection differs: it returns the kept heads. Rotary embedding, core attention
-    and output projection are the stock forward's.
+    Only the QKV projection differs: it returns the kept heads, and rotates them where there is a
+    fused kernel for that. All else is the stock forward.
     """
 
     def __init__(
@@ -33,10 +34,13 @@ class SATSelfAttention(SelfAttention):
         *,
         state: SATState,
         communicator: ScoreCommunicator,
+        rotary: FusedRotary,
         **kwargs: Any,
     ) -> None:
         _check_supported(config)
         super().__init__(config, submodules, layer_number, **kwargs)
+        self._rotary = rotary
+        self._angles: Tensor | None = None
         ranks = self.tp_group.size()
         if state.is_sparse_module("attention") and config.num_query_groups < ranks:
             raise ValueError(
@@ -63,6 +67,24 @@ class SATSelfAttention(SelfAttention):
         self.linear_qkv.attach(self.site, layout, communicator)
         self.linear_proj.attach(self.site, unit=self.hidden_size_per_attention_head)
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock module's; rotary positions take the fused kernel where there is one."""
+        self._angles = None
+        if kwargs.get("inference_context") is None and self._rotary.serves(
+            hidden_states, rotary_pos_emb, interleaved=self.config.rotary_interleaved
+        ):
+            self._angles, rotary_pos_emb = rotary_pos_emb, None
+        return super().forward(
+            hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+        )
+
     def get_query_key_value_tensors(
         self,
         hidden_states: Tensor,
@@ -72,11 +94,17 @@ class SATSelfAttention(SelfAttention):
     ) -> Any:
         """``[s, b, h]`` -> query ``[s, b, kept heads, d]``, key and value ``[s, b, groups, d]``,
         where groups are the kept ones if each has one query head, else all of them."""
-        if self.site is None or not self.training or not self.site.is_sparse:
-            return super().get_query_key_value_tensors(
-                hidden_states, key_value_states, output_gate=output_gate, split_qkv=split_qkv
-            )
         assert split_qkv and not output_gate, "refused when the layer was built"
+        if self.site is None or not self.training or not self.site.is_sparse:
+            query, key, value = super().get_query_key_value_tensors(hidden_states, key_value_states)
+        else:
+            query, key, value = self._kept_query_key_value(hidden_states)
+        if self._angles is not None:
+            query, key = self._rotary(query, key, self._angles)
+        return query, key, value
+
+    def _kept_query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.site is not None
         mixed, _ = self.linear_qkv(hidden_states)
         size = self.hidden_size_per_attention_head
         kept_units = mixed.shape[-1] // size

@@ -14,9 +14,14 @@ class ChannelLayout:
     sections: int
     unit: int = field(default=1, init=False)
 
-    def unit_scores(self, row_scores: Tensor) -> Tensor:
-        """``[sections * f]`` -> ``[f]``: the mean of the gate's and the up projection's score."""
-        return row_scores.view(self.sections, -1).mean(dim=0)
+    @property
+    def score_unit(self) -> int:
+        """Rows whose scores are averaged: one, in each section."""
+        return 1
+
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """``[f]`` -> ``[f]``: a channel's score is the mean of its gate's and up projection's."""
+        return scores
 
     def row_units(self, local: Tensor) -> Tensor:
         """The units of rows to gather from each section: the kept channels themselves."""
@@ -41,14 +46,16 @@ class HeadLayout:
         """Rows gathered together."""
         return self.head_size * (3 if self.heads_per_group == 1 else 1)
 
-    def unit_scores(self, row_scores: Tensor) -> Tensor:
-        """``[groups * (heads_per_group + 2) * head_size]`` -> ``[groups * heads_per_group]``.
+    @property
+    def score_unit(self) -> int:
+        """Rows whose scores are averaged: those of one head in Q, K or V (equation 6)."""
+        return self.head_size
 
-        The mean over a head's rows (equation 6), then the mean of Q, K and V (equation 7); the K
-        and V of a query head are its group's.
-        """
-        heads = row_scores.view(self.groups, self.heads_per_group + 2, self.head_size).mean(dim=-1)
-        return (heads @ _mean_of_qkv(self.heads_per_group, row_scores.device)).flatten()
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """``[groups * (heads_per_group + 2)]`` -> ``[groups * heads_per_group]``: the mean of Q, K
+        and V (equation 7); the K and V of a query head are its group's."""
+        heads = scores.view(self.groups, self.heads_per_group + 2)
+        return (heads @ _mean_of_qkv(self.heads_per_group, scores.device)).flatten()
 
     def row_units(self, local: Tensor) -> Tensor:
         """Kept local query heads ``[k]``, ascending and as many of each group -> the units of rows

@@ -76,16 +76,18 @@ class SATColumnParallelLinear(ColumnParallelLinear):
 
     @torch.no_grad()
     def _decide(self, site: Site, input_: Tensor) -> Subset:
-        """Statistic -> scores of this shard's rows -> of its units -> of all units -> subset."""
+        """Statistic -> scores of this shard's units -> of all units -> subset."""
         config = site.state.require_config()
         finished = input_.new_empty(0)
         if importance.needs_statistic(config.metric):
             total, count = importance.statistic(config.metric, input_, self._token_mask(site))
             total, count = self.communicator.reduce_statistic(total, count)
             finished = importance.finish(config.metric, total, count)
-        row_scores = importance.score(config.metric, self.weight, finished)
-        scores = self.communicator.gather_scores(self.layout.unit_scores(row_scores))
-        return site.decide(scores)
+        layout = self.layout
+        scores = importance.unit_score(
+            config.metric, self.weight, finished, unit=layout.score_unit, sections=layout.sections
+        )
+        return site.decide(self.communicator.gather_scores(layout.unit_scores(scores)))
 
     def _token_mask(self, site: Site) -> Tensor | None:
         """``[s, b]`` as the input lies: this rank's part of the sequence under sequence

@@ -12,6 +12,8 @@ from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.layers.linear import SATColumnParallelLinear, SATRowParallelLinear
 from megatron_sat.layers.mlp import SATMLP
 from megatron_sat.layers.norm import SATLayerNorm, SATRMSNorm
+from megatron_sat.layers.residual import get_residual_add
+from megatron_sat.layers.rotary import FusedRotary
 from megatron_sat.state import SATState
 
 Normalization = Literal["RMSNorm", "LayerNorm"]
@@ -35,7 +37,7 @@ def get_gpt_layer_sat_spec(
 
     attention = spec.submodules.self_attention
     attention.module = SATSelfAttention
-    attention.params = {**attention.params, **sparse}
+    attention.params = {**attention.params, **sparse, "rotary": FusedRotary()}
     attention.submodules.linear_qkv = SATColumnParallelLinear
     attention.submodules.linear_proj = SATRowParallelLinear
     attention.submodules.core_attention = SATCoreAttention
@@ -46,6 +48,7 @@ def get_gpt_layer_sat_spec(
     mlp.submodules.linear_fc1 = SATColumnParallelLinear
     mlp.submodules.linear_fc2 = SATRowParallelLinear
 
+    spec.submodules.self_attn_bda = spec.submodules.mlp_bda = get_residual_add
     spec.submodules.input_layernorm = norm
     spec.submodules.pre_mlp_layernorm = norm
     if qk_layernorm:

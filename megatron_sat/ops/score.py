@@ -22,6 +22,18 @@ def row_dot(weight: Tensor, vector: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def block_dot(weight: Tensor, vector: Tensor, *, unit: int, sections: int) -> Tensor:
+    """The mean of `row_dot` over each unit's rows: `[units]` float32.
+
+    `weight [sections*units*unit, in]` is `sections` equal blocks of `units` units of `unit` rows;
+    a unit's rows are those of its place in every block.
+    """
+    if use_triton(weight):
+        return kernels().block_dot(weight, vector, unit=unit, sections=sections)
+    return row_dot(weight, vector).view(sections, -1, unit).mean(dim=(0, 2))
+
+
+@torch.no_grad()
 def row_norm(weight: Tensor) -> Tensor:
     """`weight [out, in]` -> each row's Euclidean norm `[out]` float32."""
     if use_triton(weight):

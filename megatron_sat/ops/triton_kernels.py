@@ -22,6 +22,7 @@ from megatron_sat.ops.launch import launch
 from megatron_sat.ops.topk_kernel import top_units
 
 __all__ = [
+    "block_dot",
     "gather_columns",
     "gather_rows",
     "row_dot",
@@ -197,6 +198,53 @@ def _row_reduce_kernel(
     tl.store(out + row, reduced, mask=live_row)
 
 
+@triton.jit
+def _block_dot_kernel(
+    out,
+    weight,
+    vector,
+    units,
+    columns,
+    unit,
+    sections,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Sums over rows and columns alike, so a program keeps one tile of running sums.
+
+    WHOLE: a program takes one unit of several rows; else BLOCK_ROWS units of one row.
+    """
+    line = tl.arange(0, BLOCK_ROWS)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for section in range(sections):
+        for first in range(0, unit if WHOLE else 1, BLOCK_ROWS):
+            if WHOLE:
+                row = (section * units + tl.program_id(0)).to(tl.int64) * unit + first + line
+                live_row = first + line < unit
+            else:
+                place = tl.program_id(0) * BLOCK_ROWS + line
+                row = section * units.to(tl.int64) + place
+                live_row = place < units
+            for start in range(0, columns, BLOCK_COLUMNS):
+                column = start + tl.arange(0, BLOCK_COLUMNS)
+                live_column = column < columns
+                tile = tl.load(
+                    weight + row[:, None] * columns + column[None, :],
+                    mask=live_row[:, None] & live_column[None, :],
+                    other=0.0,
+                ).to(tl.float32)
+                factor = tl.load(vector + column, mask=live_column, other=0.0).to(tl.float32)
+                total += tile * factor[None, :]
+    scale = 1.0 / (sections * unit)
+    per_line = tl.sum(total, axis=1) * scale
+    if WHOLE:
+        tl.store(out + tl.program_id(0), tl.sum(per_line, axis=0))
+    else:
+        place = tl.program_id(0) * BLOCK_ROWS + line
+        tl.store(out + place, per_line, mask=place < units)
+
+
 def gather_rows(weight: Tensor, index: Tensor, *, unit: int, sections: int) -> Tensor:
     weight = weight.contiguous()
     rows, columns = weight.shape
@@ -244,6 +292,24 @@ def scatter_columns(values: Tensor, index: Tensor, *, columns: int, unit: int) -
 
 def row_dot(weight: Tensor, vector: Tensor) -> Tensor:
     return _row_reduce(weight, vector.contiguous(), norm=False)
+
+
+def block_dot(weight: Tensor, vector: Tensor, *, unit: int, sections: int) -> Tensor:
+    weight, vector = weight.contiguous(), vector.contiguous()
+    rows, columns = weight.shape
+    units = rows // (unit * sections)
+    out = torch.empty(units, dtype=torch.float32, device=weight.device)
+    if units:
+        block_rows, block_columns = _tile(columns, _REDUCE_TILE)
+        constants = {
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_COLUMNS": block_columns,
+            "WHOLE": unit > 1,
+        }
+        grid = (units if unit > 1 else triton.cdiv(units, block_rows),)
+        numbers = (units, columns, unit, sections)
+        launch(_block_dot_kernel, grid, (out, weight, vector), numbers, constants)
+    return out
 
 
 def row_norm(weight: Tensor) -> Tensor:

@@ -306,7 +306,6 @@ def refused(overrides: dict[str, Any], modules: tuple[str, ...]) -> str:
     [
         ({"attention_output_gate": True}, "attention_output_gate=True is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
-        ({"window_size": (8, 0)}, "window_size=(8, 0) is not supported"),
     ],
 )
 def test_what_the_layers_do_not_compute_is_refused_by_name(

@@ -106,7 +106,12 @@ def test_flash_attn_gets_its_layout_and_options(
 
     def check(q: Tensor, options: dict[str, Any]) -> None:
         assert q.stride(-1) == 1
-        assert options == {"softmax_scale": 0.3, "causal": True, "deterministic": deterministic}
+        assert options == {
+            "softmax_scale": 0.3,
+            "causal": True,
+            "window_size": (-1, 0),
+            "deterministic": deterministic,
+        }
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         check(q, options)

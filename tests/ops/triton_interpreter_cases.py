@@ -149,3 +149,19 @@ def test_top_units_equals_the_pytorch_form(size: int, groups: int) -> None:
 def top_with(form: str, values: Tensor, keep: int, groups: int) -> Tensor:
     with force_backend(form):  # type: ignore[arg-type]
         return top_units(values, keep * groups, groups=groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("unit", "sections", "units"), [(1, 1, 7), (1, 2, 70), (5, 1, 3), (20, 2, 2)]
+)
+def test_block_dot_equals_the_pytorch_form(
+    unit: int, sections: int, units: int, dtype: torch.dtype
+) -> None:
+    weight, vector = torch.randn(sections * units * unit, 37).to(dtype), torch.randn(37)
+    exact = (weight.double() @ vector.double()).view(sections, units, unit).mean(dim=(0, 2))
+    for form in ("triton", "torch"):
+        with force_backend(form):  # type: ignore[arg-type]
+            actual = score.block_dot(weight, vector, unit=unit, sections=sections)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
