@@ -5,7 +5,7 @@ What DeepSpeed 0.19 writes, for each tensor-parallel rank T and data-parallel ra
 
 - stage 0: `mp_rank_T_model_states.pt` with whole parameters, and in bf16 the master weights in the
   order of the optimizer's groups;
-- stages 1, 2: `zero_pp_rank_D_mp_rank_T_optim_states.pt` with the rank's part of each group's
+- stages 1, 2: `zero_pp_rank_D_mp_rank_T_optim_states.pt` (in bf16 `bf16_zero_...`) with the rank's part of each group's
   master weights, which are the group's parameters one after the other;
 - stage 3: the same file with the rank's part of every single parameter, one after the other;
 - parameters that were not trained are whole in `mp_rank_T_model_states.pt`, or in parts in stage
@@ -99,12 +99,13 @@ class DeepSpeedWeights:
         return [group for group in groups if group]
 
     def _optimizers(self, rank: int, data_parallel: int) -> list[dict[str, Any]]:
-        return [
-            _load(self.folder / f"zero_pp_rank_{number}_mp_rank_{rank:02d}_optim_states.pt")[
-                "optimizer_state_dict"
-            ]
+        names = [
+            f"zero_pp_rank_{number}_mp_rank_{rank:02d}_optim_states.pt"
             for number in range(data_parallel)
         ]
+        if (self.folder / f"bf16_{names[0]}").exists():
+            names = [f"bf16_{name}" for name in names]
+        return [_load(self.folder / name)["optimizer_state_dict"] for name in names]
 
 
 class _Concatenated:

@@ -96,6 +96,7 @@ def _blocks(
         stop = min(start + step, rows[1])
         if named.layout.axis == 1:
             ((source, first, last),) = pieces
+            assert source is not None
             yield start * width, reader.read(source, rows=(start, stop), columns=(first, last))
             continue
         position = start * width

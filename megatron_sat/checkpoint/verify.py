@@ -1,7 +1,8 @@
 """Proof that a Hugging Face folder computes what our model does: logits of both on one text.
 
-Our side runs as it was trained: one process for each tensor-parallel rank, each with its own part of
-the checkpoint, so that no code that converts weights has a share in it. All in float32 on the CPU.
+Our side runs as it was trained: one process for each tensor-parallel rank, each with its own part
+of the checkpoint, so that no code that converts weights has a share in it. All in float32 on the
+CPU.
 """
 
 import os

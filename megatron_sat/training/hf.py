@@ -126,13 +126,12 @@ def export(engine: Any, plan: HFExport) -> None:
 def _stage0_masters(engine: Any) -> dict[Tensor, Tensor]:
     """Master weights by parameter at stage 0 in bf16, where DeepSpeed does not tell them."""
     optimizer = engine.optimizer
-    groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()))
-    if engine.zero_optimization_stage() != 0:
+    if engine.zero_optimization_stage() != 0 or not hasattr(optimizer, "fp32_groups"):
         return {}
     return {
         parameter: master
-        for parameters, masters in groups
-        for parameter, master in zip(parameters, masters, strict=True)
+        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        for parameter, master in zip(group, masters, strict=True)
     }
 
 
