@@ -5,8 +5,8 @@ What DeepSpeed 0.19 writes, for each tensor-parallel rank T and data-parallel ra
 
 - stage 0: `mp_rank_T_model_states.pt` with whole parameters, and in bf16 the master weights in the
   order of the optimizer's groups;
-- stages 1, 2: `zero_pp_rank_D_mp_rank_T_optim_states.pt` (in bf16 `bf16_zero_...`) with the rank's part of each group's
-  master weights, which are the group's parameters one after the other;
+- stages 1, 2: `zero_pp_rank_D_mp_rank_T_optim_states.pt` (in bf16 `bf16_zero_...`) with the rank's
+  part of each group's master weights, which are the group's parameters one after the other;
 - stage 3: the same file with the rank's part of every single parameter, one after the other;
 - parameters that were not trained are whole in `mp_rank_T_model_states.pt`, or in parts in stage
   3's `zero_pp_rank_D_mp_rank_T_model_states.pt`.
