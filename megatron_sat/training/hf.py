@@ -10,12 +10,31 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_sat.checkpoint.hf_config import HFConfig, read_hf_config
+from megatron_sat.checkpoint.hf_config import CONFIG, HFConfig, read_hf_config
 from megatron_sat.checkpoint.hf_export import HFExport, HFWriter
 from megatron_sat.checkpoint.hf_import import HFWeights
 from megatron_sat.checkpoint.hf_reader import HFReader
 from megatron_sat.training.config import HFDtype, TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
+from megatron_sat.training.tokenizer import Tokenizer
+
+
+def tokenizer_vocab_size(config: TrainingConfig) -> int | None:
+    """What `build_tokenizer` is to be told: that of `--load-hf`'s config.json is no flag, and
+    `check_vocabulary` looks at it."""
+    if config.checkpoint.load_hf is None or config.data.tokenizer_type == "NullTokenizer":
+        return config.model.vocab_size
+    return None
+
+
+def check_vocabulary(config: TrainingConfig, tokenizer: Tokenizer) -> None:
+    """ValueError if `--load-hf`'s embedding lacks a token of the tokenizer."""
+    rows, tokens = config.model.vocab_size, tokenizer.vocab_size
+    if config.checkpoint.load_hf is not None and rows is not None and rows < tokens:
+        raise ValueError(
+            f"{Path(config.checkpoint.load_hf) / CONFIG}: vocab_size is {rows}, but the tokenizer "
+            f"{tokenizer.path} has {tokens} tokens; they do not belong together"
+        )
 
 
 def open_weights(config: TrainingConfig, *, padded_vocab: int) -> HFWeights:

@@ -25,7 +25,13 @@ from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import build_datasets
 from megatron_sat.training.deepspeed_config import build_deepspeed_config
 from megatron_sat.training.display import Display, open_display
-from megatron_sat.training.hf import check_exports, load_weights, open_weights
+from megatron_sat.training.hf import (
+    check_exports,
+    check_vocabulary,
+    load_weights,
+    open_weights,
+    tokenizer_vocab_size,
+)
 from megatron_sat.training.initialize import initialize, ranks_agree, start
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
@@ -52,8 +58,11 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         deepspeed_config = build_deepspeed_config(config, world_size=world_size)
         check_paths(config, rank=rank)
         tokenizer = build_tokenizer(
-            config.data.tokenizer_type, config.data.tokenizer_model, config.model.vocab_size
+            config.data.tokenizer_type,
+            config.data.tokenizer_model,
+            tokenizer_vocab_size(config),
         )
+        check_vocabulary(config, tokenizer)
         vocab_size = config.model.vocab_size or tokenizer.vocab_size
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         padded_vocab = _padded_vocab(config, vocab_size)
