@@ -230,7 +230,9 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, tiny_data):
     assert (tmp_path / "unfinished-global_step4").is_dir()
     assert not (tmp_path / "global_step4").exists()
 
+    (tmp_path / "unfinished-global_step4" / "of_another_rank.pt").write_bytes(b"half")
     train_on_ranks([*argv, "--load", str(tmp_path)], 2)
+    assert not (tmp_path / "global_step4" / "of_another_rank.pt").exists()
     assert iterations(tmp_path) == [1, 2, 3, 4]
     assert (tmp_path / "latest").read_text() == "global_step4"
     assert not (tmp_path / "unfinished-global_step4").exists()
