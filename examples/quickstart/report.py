@@ -76,7 +76,7 @@ def comparison(dense: Result, sat: Result, *, steps: int) -> list[str]:
     speed = sat.tokens_per_second / dense.tokens_per_second
     lines = [
         f"With {sat.flops_saved:.0%} fewer floating-point operations SAT ran at {speed:.2f} times "
-        "the speed of the dense run.",
+        "the speed of the dense run, as timed here beside whatever else this machine did.",
     ]
     for name, title in (("c", "C"), ("python", "Python")):
         difference = sat.after[name] - dense.after[name]
