@@ -215,6 +215,13 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
             "zero_optimization.stage3_prefetch_bucket_size": bucket,
             # Norms and biases stay whole on every rank; no matrix of a real model does.
             "zero_optimization.stage3_param_persistence_threshold": 10 * config.model.hidden_size,
+            # An attention or MLP is fetched whole, by one hook instead of one for each of its
+            # modules, which small micro-batches wait for. Not whole layers: DeepSpeed takes such a
+            # module's inputs only as positional arguments, and Megatron-core passes names.
+            "zero_optimization.leaf_module.classes": [
+                "megatron_sat.layers.attention.SATSelfAttention",
+                "megatron_sat.layers.mlp.SATMLP",
+            ],
             # It would replace torch.nn.functional.linear for the whole process.
             "zero_optimization.memory_efficient_linear": False,
         }
