@@ -129,26 +129,36 @@ def score(metric: str, weight: Tensor, finished: Tensor) -> Tensor:
     return row_dot(weight, finished)
 
 
-@torch.no_grad()
 def unit_score(
-    metric: str, weight: Tensor, finished: Tensor, *, unit: int, sections: int = 1
+    metric: str,
+    weight: Tensor,
+    sum: Tensor | None,
+    count: Tensor | None,
+    *,
+    unit: int,
+    sections: int = 1,
 ) -> Tensor:
-    """The mean of `score` over each unit's rows, `[units]` float32.
+    """The mean of `score` over each unit's rows, `[units]` float32, in as few launches as it takes.
 
     Args:
         metric: the metric.
         weight: `[sections * units * unit, in]`: `sections` blocks of `units` units of `unit` rows
             (gate and up projection, or heads of head-size rows: equation 6).
-        finished: `[in]` float32.
+        sum: `[in]` float32, added up from `statistic`; None for a metric that needs none.
+        count: likewise, without dimensions.
         unit: rows of a unit in each block.
         sections: number of blocks.
 
     Raises:
         ValueError: for an unknown metric.
     """
-    if needs_statistic(metric):
-        return block_dot(weight, finished, unit=unit, sections=sections)
-    return score(metric, weight, finished).view(sections, -1, unit).mean(dim=(0, 2))
+    if not needs_statistic(metric):
+        rows = score(metric, weight, weight.new_empty(0))
+        return rows.view(sections, -1, unit).mean(dim=(0, 2))
+    assert sum is not None and count is not None
+    if metric == "maxip":
+        return block_dot(weight, sum, count, unit=unit, sections=sections)
+    return block_dot(weight, finish(metric, sum, count), None, unit=unit, sections=sections)
 
 
 def importance(metric: str, weight: Tensor, inputs: Tensor) -> Tensor:

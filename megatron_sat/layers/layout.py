@@ -48,12 +48,16 @@ class HeadLayout:
 
     @property
     def score_unit(self) -> int:
-        """Rows whose scores are averaged: those of one head in Q, K or V (equation 6)."""
-        return self.head_size
+        """Rows whose scores are averaged: those of one head in Q, K or V (equation 6). With one
+        query head to a group, all of its rows: the mean of equal means."""
+        return self.unit
 
     def unit_scores(self, scores: Tensor) -> Tensor:
-        """``[groups * (heads_per_group + 2)]`` -> ``[groups * heads_per_group]``: the mean of Q, K
-        and V (equation 7); the K and V of a query head are its group's."""
+        """To the ``[groups * heads_per_group]`` query heads: from each group's ``heads_per_group``
+        Q, its K and its V, the mean of Q, K and V (equation 7), K and V being the group's; with one
+        query head to a group, from that mean itself."""
+        if self.heads_per_group == 1:
+            return scores
         heads = scores.view(self.groups, self.heads_per_group + 2)
         return (heads @ _mean_of_qkv(self.heads_per_group, scores.device)).flatten()
 

@@ -77,15 +77,13 @@ class SATColumnParallelLinear(ColumnParallelLinear):
     @torch.no_grad()
     def _decide(self, site: Site, input_: Tensor) -> Subset:
         """Statistic -> scores of this shard's units -> of all units -> subset."""
-        config = site.state.require_config()
-        finished = input_.new_empty(0)
-        if importance.needs_statistic(config.metric):
-            total, count = importance.statistic(config.metric, input_, self._token_mask(site))
+        metric, layout = site.state.require_config().metric, self.layout
+        total = count = None
+        if importance.needs_statistic(metric):
+            total, count = importance.statistic(metric, input_, self._token_mask(site))
             total, count = self.communicator.reduce_statistic(total, count)
-            finished = importance.finish(config.metric, total, count)
-        layout = self.layout
         scores = importance.unit_score(
-            config.metric, self.weight, finished, unit=layout.score_unit, sections=layout.sections
+            metric, self.weight, total, count, unit=layout.score_unit, sections=layout.sections
         )
         return site.decide(self.communicator.gather_scores(layout.unit_scores(scores)))
 

@@ -21,15 +21,20 @@ def row_dot(weight: Tensor, vector: Tensor) -> Tensor:
     return torch.cat([torch.mv(block.float(), vector) for block in _row_blocks(weight)])
 
 
-@torch.no_grad()
-def block_dot(weight: Tensor, vector: Tensor, *, unit: int, sections: int) -> Tensor:
-    """The mean of `row_dot` over each unit's rows: `[units]` float32.
+def block_dot(
+    weight: Tensor, vector: Tensor, count: Tensor | None, *, unit: int, sections: int
+) -> Tensor:
+    """The mean of `row_dot` over each unit's rows, over `count` (at least 1): `[units]` float32.
 
     `weight [sections*units*unit, in]` is `sections` equal blocks of `units` units of `unit` rows;
-    a unit's rows are those of its place in every block.
+    a unit's rows are those of its place in every block. `count`: float32 without dimensions, or
+    None for 1.
     """
+    weight = weight.detach()
     if use_triton(weight):
-        return kernels().block_dot(weight, vector, unit=unit, sections=sections)
+        return kernels().block_dot(weight, vector, count, unit=unit, sections=sections)
+    if count is not None:
+        vector = vector / count.clamp(min=1)
     return row_dot(weight, vector).view(sections, -1, unit).mean(dim=(0, 2))
 
 

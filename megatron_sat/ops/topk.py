@@ -9,7 +9,6 @@ from megatron_sat.ops.backend import kernels, use_triton
 _LARGEST_GROUP = 2**15
 
 
-@torch.no_grad()
 def top_units(values: Tensor, keep: int, *, groups: int = 1) -> Tensor:
     """The `keep / groups` largest values of each of `groups` contiguous groups.
 

@@ -203,6 +203,7 @@ def _block_dot_kernel(
     out,
     weight,
     vector,
+    count,
     units,
     columns,
     unit,
@@ -210,6 +211,7 @@ def _block_dot_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """Sums over rows and columns alike, so a program keeps one tile of running sums.
 
@@ -237,6 +239,8 @@ def _block_dot_kernel(
                 factor = tl.load(vector + column, mask=live_column, other=0.0).to(tl.float32)
                 total += tile * factor[None, :]
     scale = 1.0 / (sections * unit)
+    if COUNTED:
+        scale /= tl.maximum(tl.load(count), 1.0)
     per_line = tl.sum(total, axis=1) * scale
     if WHOLE:
         tl.store(out + tl.program_id(0), tl.sum(per_line, axis=0))
@@ -294,7 +298,9 @@ def row_dot(weight: Tensor, vector: Tensor) -> Tensor:
     return _row_reduce(weight, vector.contiguous(), norm=False)
 
 
-def block_dot(weight: Tensor, vector: Tensor, *, unit: int, sections: int) -> Tensor:
+def block_dot(
+    weight: Tensor, vector: Tensor, count: Tensor | None, *, unit: int, sections: int
+) -> Tensor:
     weight, vector = weight.contiguous(), vector.contiguous()
     rows, columns = weight.shape
     units = rows // (unit * sections)
@@ -305,10 +311,13 @@ def block_dot(weight: Tensor, vector: Tensor, *, unit: int, sections: int) -> Te
             "BLOCK_ROWS": block_rows,
             "BLOCK_COLUMNS": block_columns,
             "WHOLE": unit > 1,
+            "COUNTED": count is not None,
         }
         grid = (units if unit > 1 else triton.cdiv(units, block_rows),)
         numbers = (units, columns, unit, sections)
-        launch(_block_dot_kernel, grid, (out, weight, vector), numbers, constants)
+        # Without a count nothing reads its pointer.
+        tensors = (out, weight, vector, out if count is None else count)
+        launch(_block_dot_kernel, grid, tensors, numbers, constants)
     return out
 
 

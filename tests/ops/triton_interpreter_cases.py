@@ -159,9 +159,10 @@ def test_block_dot_equals_the_pytorch_form(
     unit: int, sections: int, units: int, dtype: torch.dtype
 ) -> None:
     weight, vector = torch.randn(sections * units * unit, 37).to(dtype), torch.randn(37)
-    exact = (weight.double() @ vector.double()).view(sections, units, unit).mean(dim=(0, 2))
+    sums = (weight.double() @ vector.double()).view(sections, units, unit).mean(dim=(0, 2))
     for form in ("triton", "torch"):
-        with force_backend(form):  # type: ignore[arg-type]
-            actual = score.block_dot(weight, vector, unit=unit, sections=sections)
-        assert actual.dtype == torch.float32
-        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+        for count, divisor in ((None, 1.0), (torch.tensor(8.0), 8.0), (torch.tensor(0.0), 1.0)):
+            with force_backend(form):  # type: ignore[arg-type]
+                actual = score.block_dot(weight, vector, count, unit=unit, sections=sections)
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual.double(), sums / divisor, rtol=1e-5, atol=1e-5)
