@@ -5,6 +5,7 @@ of the checkpoint, so that no code that converts weights has a share in it. All 
 CPU.
 """
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -153,12 +154,14 @@ def _our_logits(
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         probe.close()
         result = Path(place) / "logits.pt"
-        with _environment(_CPU | address | {"WORLD_SIZE": str(ranks)}):
+        # Ranks are forked by a server that has imported everything once, without threads.
+        multiprocessing.set_forkserver_preload([__name__])
+        with _environment(_CPU):
             torch.multiprocessing.start_processes(
                 _rank_logits,
-                args=(config, ids, source.folder, stored, result),
+                args=(address, config, ids, source.folder, stored, result),
                 nprocs=ranks,
-                start_method="spawn",
+                start_method="forkserver",
             )
         logits: Tensor | str = torch.load(result)
     if isinstance(logits, str):
@@ -186,14 +189,15 @@ class _environment:
 
 def _rank_logits(
     rank: int,
+    address: Mapping[str, str],
     config: TrainingConfig,
     ids: list[int],
     folder: Path,
     stored: StoredCheckpoint | None,
     result: Path,
 ) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     size = config.parallel.tensor_model_parallel_size
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     join(Launch(rank=rank, world_size=size, local_rank=rank), timeout_minutes=60)
     initialize(config)
     model, failure = _our_model(config, folder, stored, rank)
