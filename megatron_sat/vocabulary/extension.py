@@ -14,7 +14,7 @@ import torch
 
 from megatron_sat.corpora import Record, decode, expand, read_chunks
 from megatron_sat.training.tokenizer import build_tokenizer
-from megatron_sat.vocabulary.merges import Growth, Merges, PairMerges, PieceMerges, grow, pairs_of
+from megatron_sat.vocabulary.merges import Growth, Merges, PairMerges, PieceMerges, grow
 from megatron_sat.vocabulary.rows import Initialization, RowFiles, is_weight_file
 from megatron_sat.vocabulary.sentencepiece_file import SPACE, SentencePieceFile
 from megatron_sat.vocabulary.tokenizer_json import TokenizerJson
@@ -95,22 +95,18 @@ class _Tokenizer:
 
     def write(self, folder: Path, growth: Growth) -> None:
         new_ids = {piece: self.size + i for i, piece in enumerate(growth.added)}
-        pairs: list[tuple[str, str]] | None = None
         if self.model is not None:
-            old_pairs = pairs_of(self.model.ids, self.model.scores)
             self.model.add_pieces(growth.added)
             self.model.write(folder / _MODEL)
-            if self.file is not None and old_pairs == self.file.pairs:
-                pairs = pairs_of(self.model.ids, self.model.scores)
         if self.file is None:
             return
-        if pairs is None:
-            merges = self.merges
-            if not isinstance(merges, PairMerges):
-                merges = PairMerges(self.file.ids, self.file.pairs)
-                for piece in growth.added:
-                    merges.add(piece)
-            pairs = self.file.pairs + merges.new_pairs
+        merges = self.merges
+        if not isinstance(merges, PairMerges):
+            # As SentencePiece merges: whatever two neighbours make a new piece.
+            merges = PairMerges([*self.file.ids, *growth.added], self.file.pairs)
+            for piece in growth.added:
+                merges.add(piece)
+        pairs = self.file.pairs + merges.new_pairs
         self.file.write(folder / _JSON, ids=self.file.ids | new_ids, pairs=pairs)
 
 

@@ -78,18 +78,6 @@ class PairMerges(Merges):
                 self.new_pairs.append(pair)
 
 
-def pairs_of(ids: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The list of pairs that says what SentencePiece's scores say, as `transformers` converts it:
-    every pair of pieces that makes a piece; by score, then the longer left piece first."""
-    pairs = [
-        (score, pair)
-        for piece, score in scores.items()
-        for pair in sorted(_halves(piece, ids), key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-    ]
-    pairs.sort(key=lambda item: (item[0], len(item[1][0]), len(item[1][1])), reverse=True)
-    return [pair for _, pair in pairs]
-
-
 def _halves(piece: str, pieces: Iterable[str]) -> list[tuple[str, str]]:
     cuts = ((piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1))
     return [(left, right) for left, right in cuts if left in pieces and right in pieces]

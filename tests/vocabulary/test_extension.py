@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -155,13 +156,31 @@ def test_old_text_gets_no_more_tokens_and_new_text_fewer(
         assert library.get_piece_size() == len(after)
         assert base.get_piece_size() == len(before) - (old.pad_token is not None)
         compared = 0
-        for text in [*OLD[:4], *NEW[:3], *MIXED]:
+        for text in [*OLD[:4], *NEW[:3], *MIXED, *shuffled(NEW[:2], 200)]:
             assert library.decode(library.encode(text)) == text
             # transformers puts no "▁" in front of text that begins with a space.
             if base.encode(text) == old(text, add_special_tokens=False)["input_ids"]:
                 assert library.encode(text) == new(text, add_special_tokens=False)["input_ids"]
                 compared += 1
-        assert compared >= 12
+        assert compared >= 212
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_out_of_old_words_do_not_break_them(
+    tmp_path: Path, bases: dict[str, Path], kind: str
+) -> None:
+    old = AutoTokenizer.from_pretrained(bases[kind])
+    parts = {word[i : i + 3] for line in OLD for word in line.split() for i in range(len(word))}
+    (tmp_path / "list.txt").write_text("\n".join(sorted(parts)))
+    report = extend_vocabulary(
+        base=str(bases[kind]), pieces=str(tmp_path / "list.txt"), output=str(tmp_path / "out")
+    )
+    assert len(report.growth.asked) > 50
+    new = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in OLD:
+        assert new.tokenize(text) == old.tokenize(text)
+    for text in shuffled(OLD[:2], 100):
+        assert len(new.tokenize(text)) <= len(old.tokenize(text))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,6 +206,13 @@ def test_pieces_that_no_text_can_reach_are_left_out(tmp_path: Path, bases: dict[
     )
     assert report.left_out == {"the pre-tokenizer would cut it": 2}
     assert len(report.growth.asked) == 1
+
+
+def shuffled(lines: list[str], count: int) -> list[str]:
+    """Words of the lines' letters."""
+    generator = random.Random(5)
+    letters = "".join(lines).replace("\n", "").replace(" ", "")
+    return ["".join(generator.choices(letters, k=20)) for _ in range(count)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
