@@ -73,10 +73,11 @@ def test_frozen_parameters_are_found(
 def train_and_evaluate(argv: list[str]) -> torch.Tensor:
     """The loss of each of `tokens()` after training, on all ranks."""
     engine = train(argv).engine
+    engine.eval()
     ids = tokens()
     positions = torch.arange(ids.shape[1] - 1).expand(2, -1)
     with torch.no_grad():
-        return engine.eval()(ids[:, :-1], positions, None, labels=ids[:, 1:])
+        return engine(ids[:, :-1], positions, None, labels=ids[:, 1:])
 
 
 def tokens() -> torch.Tensor:
