@@ -79,10 +79,10 @@ def place(chunk: Chunk, number: int) -> str:
     return f"{chunk.path}:{number}" if chunk.split else chunk.path
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
+def expand(patterns: Sequence[str], *, flag: str = "--input") -> list[str]:
     """The files that the paths and glob patterns name, each once; `**` goes through folders.
 
-    Those of a pattern are sorted. ValueError, naming `--input` and the pattern: nothing there, a
+    Those of a pattern are sorted. ValueError, naming `flag` and the pattern: nothing there, a
     folder, a file whose name does not say its format.
     """
     files: dict[str, str] = {}
@@ -90,26 +90,26 @@ def expand(patterns: Sequence[str]) -> list[str]:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not found:
             kind = "no file matches" if glob.has_magic(pattern) else "there is no file"
-            raise ValueError(f"--input: {kind} {pattern}")
+            raise ValueError(f"{flag}: {kind} {pattern}")
         for path in found:
             if Path(path).is_dir():
                 if path != pattern:
                     continue
-                raise ValueError(f"--input: {path} is a folder; give files, as '{path}/*.jsonl'")
-            file_format(path)
+                raise ValueError(f"{flag}: {path} is a folder; give files, as '{path}/*.jsonl'")
+            file_format(path, flag=flag)
             files.setdefault(str(Path(path).resolve()), path)
     return list(files.values())
 
 
-def file_format(path: str) -> Format:
-    """The format that the name of a file says. ValueError if it says none."""
+def file_format(path: str, *, flag: str = "--input") -> Format:
+    """The format that the name of a file says. ValueError, naming `flag`, if it says none."""
     suffixes = Path(path).suffixes
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     suffix = "".join(suffixes[-2:-1] if compressed else suffixes[-1:])
     kind = FORMATS.get(suffix)
     if kind is None or (compressed and kind == "parquet"):
         raise ValueError(
-            f"--input: the name of {path} says no format; valid: it ends in "
+            f"{flag}: the name of {path} says no format; valid: it ends in "
             f"{', '.join(FORMATS)}, and all but Parquet also with {' or '.join(COMPRESSIONS)}"
         )
     return kind
@@ -120,13 +120,13 @@ def read_chunks(
 ) -> Iterator[Chunk]:
     """The records of a file of a known format. The `bytes_done` add up to the size of the file.
 
-    Raises ValueError that names `--input` and the file: one that is damaged or cannot be read, one
+    Raises ValueError that names the file: one that is damaged or cannot be read, one
     that cannot have `keys`.
     """
     assert text_documents in get_args(TextDocuments)
     kind = file_format(path)
     if kind == "text" and list(keys) != ["text"]:
-        raise ValueError(f'--input: {path} is plain text, whose only key is "text" (--json-keys)')
+        raise ValueError(f'{path} is plain text, whose only key is "text"')
     try:
         if kind == "parquet":
             yield from _row_chunks(path, keys)
@@ -134,7 +134,7 @@ def read_chunks(
             yield from _byte_chunks(path, kind, split=kind != "text" or text_documents != "file")
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"--input: {path} cannot be read to its end ({reason})") from error
+        raise ValueError(f"{path} cannot be read to its end ({reason})") from error
 
 
 def _byte_chunks(path: str, kind: Format, *, split: bool) -> Iterator[Chunk]:
@@ -219,8 +219,7 @@ def _row_chunks(path: str, keys: Sequence[str]) -> Iterator[Chunk]:
             for key in keys:
                 if key not in schema.names:
                     raise ValueError(
-                        f'--input: {path} has no column "{key}" (--json-keys); it has '
-                        f"{', '.join(schema.names)}"
+                        f'{path} has no column "{key}"; it has {", ".join(schema.names)}'
                     )
             total, rows, sent = table.metadata.num_rows, 0, 0
             for batch in table.iter_batches(batch_size=_ROWS, columns=list(keys)):
@@ -231,7 +230,7 @@ def _row_chunks(path: str, keys: Sequence[str]) -> Iterator[Chunk]:
             yield Chunk(path, "parquet", rows + 1, [], bytes_done=size - sent)
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--input: {path} cannot be read as Parquet ({reason})") from error
+        raise ValueError(f"{path} cannot be read as Parquet ({reason})") from error
 
 
 def decode(chunk: Chunk, keys: Sequence[str]) -> Iterator[Record | BadRecord]:
@@ -280,7 +279,7 @@ def _decode_line(number: int, line: bytes, keys: Sequence[str]) -> Record | BadR
     for key in keys:
         if key not in record:
             has = ", ".join(record) or "none"
-            return BadRecord(number, f'no key "{key}"', f"--json-keys; the record has {has}")
+            return BadRecord(number, f'no key "{key}"', f"the record has {has}")
     return _check_texts(number, keys, [record[key] for key in keys])
 
 

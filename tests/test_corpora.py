@@ -98,7 +98,7 @@ def test_parquet(tmp_path: Path, chunk_bytes: int) -> None:
     rows = read(path, keys=("b", "a"))
     assert rows[:-1] == [["x", text] for text in TEXTS]
     assert rows[-1] == f'{path}:row 201: "a" is not a string (but null)'
-    with pytest.raises(ValueError, match=r'in\.parquet has no column "text" .*it has a, id, b'):
+    with pytest.raises(ValueError, match=r'in\.parquet has no column "text"; it has a, id, b'):
         read(path)
 
 
@@ -142,14 +142,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path, suffix: str) -> None:
     flipped[len(whole) // 2] ^= 0xFF
     for data in (whole[:-20], bytes(flipped), b"plain text" * 5):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=rf"--input: .*in\.jsonl\{suffix} cannot be read to"):
+        with pytest.raises(ValueError, match=rf"in\.jsonl\{suffix} cannot be read to"):
             read(path)
 
 
 def test_a_damaged_parquet_file_and_keys_of_plain_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     path.write_bytes(b"PAR1" + b"junk" * 30)
-    with pytest.raises(ValueError, match=r"--input: .*in\.parquet cannot be read as Parquet"):
+    with pytest.raises(ValueError, match=r"in\.parquet cannot be read as Parquet"):
         read(path)
     text = tmp_path / "in.txt"
     text.write_text("text")

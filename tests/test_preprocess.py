@@ -130,7 +130,7 @@ GOOD = [{"text": "1 2 3"}] * 60
     [
         ('{"text": "1', "not JSON"),
         ("[1, 2]", r"not a JSON object \(but list"),
-        ({"body": "1", "id": 2}, r'no key "text" \(--json-keys; the record has body, id'),
+        ({"body": "1", "id": 2}, r'no key "text" \(the record has body, id'),
         ({"text": 3}, r'"text" is not a string \(but int'),
         ({"text": "1 9999"}, r"cannot be tokenized \(token id 9999"),
         ('{"text": "\\ud800"}', '"text" is not valid text .*surrogates'),

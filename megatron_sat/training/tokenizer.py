@@ -117,6 +117,9 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(
             path, vocab_size=max(ids, default=-1) + 1, eod=self._tokenizer.eos_token_id
         )
+        start = self._tokenizer.bos_token_id
+        self.start: int = self.eod if start is None else start
+        """What stands before a document: the beginning-of-sequence token, else `eod`."""
 
     def tokenize(self, text: str) -> list[int]:
         # verbose=False: no warning about documents longer than the model's context.

@@ -195,7 +195,7 @@ def extend_vocabulary(
     folder = Path(base)
     say = on_stage or (lambda _: None)
     config = _read_config(folder)
-    files = expand(texts) if texts else []
+    files = expand(texts, flag="--report-text") if texts else []
     with _complete_or_absent(Path(output)) as target:
         say("reading the vocabularies")
         tokenizer, untouched = _read_tokenizer(folder), _read_tokenizer(folder).merges

@@ -357,7 +357,7 @@ def test_what_cannot_be_extended_is_refused_and_leaves_nothing(
     empty.write_text("▁the\n")
     refused("has no piece that .* lacks", str(empty))
     refused("--init is 'zeros'; valid: mean", initialization="zeros")
-    refused(r"--input: there is no file absent\.txt", texts=["absent.txt"])
+    refused(r"--report-text: there is no file absent\.txt", texts=["absent.txt"])
     (source / "tokenizer.json").unlink()
     refused("base has neither tokenizer.model nor tokenizer.json")
     fresh("sentencepiece")
