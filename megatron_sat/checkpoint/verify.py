@@ -36,7 +36,11 @@ from megatron_sat.training.initialize import Launch, initialize, join
 from megatron_sat.training.model import SATGPTModel, build_model, padded_vocab_size
 from megatron_sat.training.tokenizer import NullTokenizer
 
-_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+_CPU = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron-core warns without
+    "DS_ACCELERATOR": "cpu",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
