@@ -55,8 +55,6 @@ class Trainer:
         self.display = display
         self.iteration = progress.iteration
         self.consumed_samples = progress.consumed_samples
-        self._saved_at: int | None = None
-        self._evaluated_at = progress.iteration if progress.iteration else None
         self._device = engine.device
         self._data_parallel_group = parallel_state.get_data_parallel_group()
         self._shape = model_shape(config, padded_vocab_size)
@@ -171,10 +169,9 @@ class Trainer:
         self.display.log_train(record)
 
     def evaluate(self) -> None:
-        """Loss of every validation set with the dense model, once per iteration. Collective."""
-        if self._evaluated_at == self.iteration or not self.datasets.validation:
+        """Loss of every validation set with the dense model. Collective."""
+        if not self.datasets.validation:
             return
-        self._evaluated_at = self.iteration
         self.engine.eval()
         records = [
             EvalRecord(
@@ -205,11 +202,8 @@ class Trainer:
         return loss_sum / count if count else math.nan
 
     def save(self) -> None:
-        """Write a checkpoint and a Hugging Face folder, once per iteration, where there is a place
-        for them. Collective."""
-        if self._saved_at == self.iteration:
-            return
-        self._saved_at = self.iteration
+        """Write a checkpoint and a Hugging Face folder, where there is a place for them.
+        Collective."""
         if self.config.checkpoint.save is not None:
             self._save_checkpoint()
         if self.config.checkpoint.save_hf is not None:

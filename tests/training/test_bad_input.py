@@ -16,6 +16,7 @@ from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train_on_ranks, write_indexed_data
 from megatron_sat.training import run as training_run
 from megatron_sat.training.initialize import run
+from megatron_sat.training.loop import Trainer
 from megatron_sat.training.run import pretrain
 
 SAT = "--sat-omission-rate 0.5 "
@@ -226,6 +227,37 @@ def test_a_mistake_that_one_rank_sees_ends_all(tmp_path, tiny_data, saved):
     ):
         assert message_of([*right, *good], [*right, *bad]).startswith(message)
     assert not (tmp_path / "save").exists()
+
+
+def test_a_run_of_one_process_says_the_same(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, SAT + "--sat-decay-start-step 13", save=tmp_path / "save")
+    ((code, stderr),) = run_on_ranks(outcome, 1, [argv])
+    assert (code, stderr) == (2, f"error: {message_of(argv)}\n")
+    argv = tiny_run(tmp_path / "data", save=tmp_path / "save")
+    ((code, stderr),) = run_on_ranks(outcome, 1, [argv])
+    assert (code, stderr) == (2, f"error: --train-data-path: {tmp_path}/data.idx does not exist\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def fault_in_a_step(argv: list[str]) -> str:
+    parallel_state.destroy_model_parallel()
+
+    def fail(*_: object) -> None:
+        raise ValueError("shapes do not fit")
+
+    with mock.patch.object(Trainer, "train_step", fail):
+        try:
+            return f"exit code {run(lambda: pretrain(argv))}"
+        except ValueError as error:
+            return str(error)
+
+
+def test_an_error_while_training_is_no_mistake_of_the_users(tiny_data):
+    """Its traceback is not lost, whatever its type."""
+    for world_size in (1, 2):
+        assert set(run_on_ranks(fault_in_a_step, world_size, tiny_run(tiny_data))) == {
+            "shapes do not fit"
+        }
 
 
 def fault_on_the_last_rank(argv: list[str]) -> tuple[str, str]:

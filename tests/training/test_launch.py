@@ -148,6 +148,7 @@ def test_a_mistake_that_one_rank_sees_ends_all(tmp_path, tiny_data):
     assert process.returncode != 0
     (message,) = errors(process)
     assert message == f"error: --train-data-path: {tiny_data}_elsewhere.idx does not exist"
-    assert process.stderr.count("exitcode  : 2") == 2
+    # torchrun ends a rank that is still about to exit.
+    assert "exitcode  : 2" in process.stderr
     assert "RanksStopped" not in process.stderr
     assert not (tmp_path / "save").exists()

@@ -47,9 +47,13 @@ def test_tensor_parallel_ranks_end_with_equal_copies(tiny_data, layout, stage):
 
 
 def test_their_copies_are_those_of_one_rank(tiny_data):
-    # Dense: rounding changes no draw.
-    (alone,) = run_on_ranks(replicated_parameters, 1, tiny_run(tiny_data, RUN))
-    shared, _ = run_on_ranks(replicated_parameters, 2, tiny_run(tiny_data, RUN + SEQUENCE_PARALLEL))
+    # Dense, so that rounding changes no draw; and Adam with so large an epsilon follows the size
+    # of gradients, not their sign alone.
+    flags = RUN + "--lr 1 --adam-eps 1 --clip-grad 0 "
+    (alone,) = run_on_ranks(replicated_parameters, 1, tiny_run(tiny_data, flags))
+    shared, _ = run_on_ranks(
+        replicated_parameters, 2, tiny_run(tiny_data, flags + SEQUENCE_PARALLEL)
+    )
     for name, value in alone.items():
-        # A step of Adam moves each number by up to 0.01.
-        torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-3, msg=name)
+        assert (value - value.round()).abs().max() > 0.02
+        torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-4, msg=name)
