@@ -6,6 +6,7 @@ shares. Nothing here waits for the GPU: how many units stay is known before thei
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,6 +38,27 @@ def gumbel_noise(n: int, *, generator: torch.Generator) -> Tensor:
         np.log(values, out=values)
         np.negative(values, out=values)
     return uniform.float()
+
+
+def draw_noise(
+    seeds: Sequence[int], sizes: Sequence[int], *, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Gumbel noise of several draws, `[size]` float32 each, every one from its own seed.
+
+    On a GPU it is drawn there: the host has the launches of a step to make meanwhile. The numbers
+    are those of the kind of device, the same on every rank of one kind.
+    """
+    generator = torch.Generator(device)
+    if device.type != "cuda":
+        return tuple(
+            gumbel_noise(size, generator=generator.manual_seed(seed))
+            for seed, size in zip(seeds, sizes, strict=True)
+        )
+    exponential = torch.empty(sum(sizes), device=device)
+    for seed, part in zip(seeds, exponential.split(list(sizes)), strict=True):
+        part.exponential_(generator=generator.manual_seed(seed))
+    # Minus the logarithm of an exponential variable; of all draws in one launch each.
+    return exponential.log_().neg_().split(list(sizes))
 
 
 def _perturbed(scores: Tensor, noise: Tensor | None, temperature: float) -> Tensor:

@@ -7,7 +7,6 @@ step it is. Nothing here communicates: the layers bring scores that are already 
 
 import hashlib
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from megatron_sat.config import SATConfig
 from megatron_sat.schedule import OmissionSchedule
 from megatron_sat.selection import (
-    gumbel_noise,
+    draw_noise,
     kept_channels_per_group,
     kept_heads_per_group,
     noise_seed,
@@ -28,9 +27,6 @@ from megatron_sat.selection import (
 logger = logging.getLogger(__name__)
 
 Module = Literal["attention", "mlp"]
-
-# Draws noise ahead of its step; one for the process, so that states may come and go.
-_background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sat-noise")
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,6 @@ class SATState:
         self._rate = 0.0
         self._selection_groups = None if config is None else config.selection_groups
         self._noise: dict[str, Tensor] = {}
-        self._ahead: tuple[tuple[int, int], Future[Tensor]] | None = None
 
     def require_config(self) -> SATConfig:
         """The configuration; only for callers that run sparse, so that there is one."""
@@ -303,7 +298,7 @@ class SATState:
         """Gumbel noise ``[units]`` float32 of ``site`` for this step (or micro-batch), equation 8.
 
         Drawn from (seed, step, micro-batch, layer, module) alone, so that every rank has the same
-        and a resumed run needs no state; for all sites at once, so that there is one copy.
+        and a resumed run needs no state; for all sites at once.
         """
         if site.name not in self._noise:
             self._draw(device)
@@ -319,30 +314,13 @@ class SATState:
                     'scope="micro-batch" needs begin_micro_batch(index) before each forward'
                 )
             micro_batch = self.micro_batch
-        if self._ahead is not None and self._ahead[0] == (self.step, micro_batch):
-            flat = self._ahead[1].result()
-        else:
-            flat = self._noise_of_all_sites(self.step, micro_batch)
-        if device.type == "cuda":
-            flat = flat.pin_memory().to(device, non_blocking=True)
-        parts = flat.split([site.units for site in self.sites.values()])
+        seeds = [
+            noise_seed(config.seed, self.step, micro_batch, site.layer, site.module)
+            for site in self.sites.values()
+        ]
+        sizes = [site.units for site in self.sites.values()]
+        parts = draw_noise(seeds, sizes, device=device)
         self._noise = dict(zip(self.sites, parts, strict=True))
-        # The device idles while the first forward of a step waits for its noise: draw the next
-        # one's meanwhile.
-        following = (self.step, micro_batch + 1)
-        if config.scope == "step":
-            following = (self.step + 1, 0)
-        self._ahead = (following, _background.submit(self._noise_of_all_sites, *following))
-
-    def _noise_of_all_sites(self, step: int, micro_batch: int) -> Tensor:
-        """``[sum of units]`` float32 on the CPU, in the order of the sites."""
-        seed = self.require_config().seed
-        generator = torch.Generator()
-        drawn = []
-        for site in self.sites.values():
-            generator.manual_seed(noise_seed(seed, step, micro_batch, site.layer, site.module))
-            drawn.append(gumbel_noise(site.units, generator=generator))
-        return torch.cat(drawn)
 
     # What ran
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_sat.selection import (
+    draw_noise,
     gumbel_noise,
     kept_channels_per_group,
     kept_heads_per_group,
@@ -339,3 +340,15 @@ def test_channels_of_groups_that_the_multiple_does_not_fit():
     assert channels(700, 0.01) == 640
     assert channels(730, 0.01) == 730  # 768 is nearest, and more than there are
     assert channels(384, 0.5) == 256  # 192 is 1.5 multiples: half goes up
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_noise_of_a_draw_depends_on_its_seed_alone(device: str) -> None:
+    first, second = draw_noise([7, 8], [5000, 3], device=torch.device(device))
+    (alone,) = draw_noise([7], [5000], device=torch.device(device))
+    (third,) = draw_noise([9], [3], device=torch.device(device))
+    assert torch.equal(first, alone) and not torch.equal(second, third)
+    assert first.dtype == torch.float32 and first.isfinite().all()
+    # A standard Gumbel variable: mean 0.5772, standard deviation pi / sqrt(6); 5 standard errors.
+    assert abs(float(first.mean()) - 0.5772) < 5 * 1.2825 / 5000**0.5
+    assert abs(float(first.std()) - 1.2825) < 0.15
