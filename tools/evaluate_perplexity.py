@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 # So that the tool also runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -119,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         dist.init_process_group("gloo")
     with ranks_agree("looking for the files"):
         files = expand(args.data, flag="--data")
+    disable_progress_bar()  # of transformers, from every rank
     first = not dist.is_initialized() or dist.get_rank() == 0
     with _progress(files, show=first) as on_document:
         report = evaluate_perplexity(
