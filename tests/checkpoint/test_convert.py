@@ -74,8 +74,8 @@ def train_and_evaluate(argv: list[str]) -> torch.Tensor:
     """The loss of each of `tokens()` after training, on all ranks."""
     engine = train(argv).engine
     engine.eval()
-    ids = tokens()
-    positions = torch.arange(ids.shape[1] - 1).expand(2, -1)
+    ids = tokens().to(engine.device)
+    positions = torch.arange(ids.shape[1] - 1, device=engine.device).expand(2, -1)
     with torch.no_grad():
         return engine(ids[:, :-1], positions, None, labels=ids[:, 1:])
 

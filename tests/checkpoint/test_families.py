@@ -67,8 +67,8 @@ def load_train_and_save(argv: list[str]) -> tuple[torch.Tensor, torch.Tensor, to
 def evaluate(engine: Any, *, labels: bool = False) -> torch.Tensor:
     """The whole vocabulary's logits, or the loss of each token."""
     engine.eval()
-    ids = tokens()
-    positions = torch.arange(SEQUENCE).expand(2, -1)
+    ids = tokens().to(engine.device)
+    positions = torch.arange(SEQUENCE, device=engine.device).expand(2, -1)
     with torch.no_grad():
         if labels:
             out = engine(ids[:, :-1], positions[:, :-1], None, labels=ids[:, 1:])

@@ -66,6 +66,30 @@ def test_a_flag_that_agrees_is_welcome(llama: Path) -> None:
     assert parse_args((FLAGS + flags).split(), world_size=1).model.num_layers == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--window-size 7", "--window-size is"),
+        ("--window-size 7,1", "--window-size is"),
+        ("--window-size 7,0 --window-attn-skip-freq 1", "--window-attn-skip-freq is"),
+        ("--window-size 7,0 --window-attn-skip-freq 1,2", "--window-attn-skip-freq is"),
+        ("--use-rope-scaling --rope-scaling-factor 0.5", "--rope-scaling-factor is 0.5"),
+        ("--save-hf-every-save --save here", "--save-hf-every-save needs --save-hf"),
+        ("--save-hf there --save-hf-every-save", "--save-hf-every-save needs --save"),
+        ("--save-hf-dtype float32", "--save-hf-dtype needs --save-hf"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(flags: str, message: str) -> None:
+    line = (
+        "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --train-iters 1 "
+        "--micro-batch-size 1 --lr 0.1 --train-data-path data --tokenizer-type NullTokenizer "
+        "--vocab-size 9 "
+    )
+    assert parse_args(line.split(), world_size=1)
+    with pytest.raises(ValueError, match=message):
+        parse_args((line + flags).split(), world_size=1)
+
+
 def test_without_a_folder_the_shape_is_required() -> None:
     flags = "--seq-length 32 --micro-batch-size 1 --train-iters 1 --lr 0.1 --train-data-path data"
     with pytest.raises(ValueError, match=r"required: --num-layers, --hidden-size.*--load-hf"):

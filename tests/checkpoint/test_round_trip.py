@@ -1,6 +1,7 @@
 """From a folder to ranks and back without training: nothing may change."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_sat.checkpoint.hf_config import read_hf_config
+from megatron_sat.checkpoint.hf_export import HFExport, HFWriter
 from megatron_sat.checkpoint.hf_reader import HFReader
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.huggingface import write_model, write_tokenizer
+from megatron_sat.training.config import DataConfig
 
 
 def load_and_save(argv: list[str], *, max_shard_bytes: int | None = None) -> dict[str, int]:
     """On all ranks. Returns how many bytes were read and the rank's share of the parameters."""
-    from dataclasses import replace
-
     from megatron.core import parallel_state
 
     from megatron_sat.state import SATState
@@ -144,3 +146,46 @@ def test_shards_are_read_and_written(tmp_path: Path, kind: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(model.state_dict()["model.norm.weight"], weights["model.norm.weight"])
     assert AutoTokenizer.from_pretrained(out)("a b").input_ids
+
+
+def test_a_sentencepiece_tokenizer_goes_along(tmp_path: Path) -> None:
+    """Of a model from scratch, which has no folder to copy one from."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    lines = Path(__file__).read_text().splitlines()
+    path = tmp_path / "pieces.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    model = read_hf_config(write_model(tmp_path / "in", "qwen3")).model()
+    plan = HFExport(
+        target=tmp_path / "out",
+        model=replace(model, vocab_size=400),
+        padded_vocabulary=400,
+        dtype="bfloat16",
+        data=DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path)),
+        source=None,
+    )
+    with HFWriter(plan) as writer:
+        for _, named in plan.parameters():
+            for name, shape in named.source_shapes(plan.dims).items():
+                writer.add(name, torch.zeros(shape))
+    tokenizer = AutoTokenizer.from_pretrained(plan.target)
+    for text in ["def f(x): return  x + 1\n", "Grüße, 你好", "x", *lines[:50]]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == pieces.encode_as_ids(text) or text.startswith(" ")
+    assert tokenizer.eos_token_id == pieces.eos_id()
+    assert json.loads((plan.target / "generation_config.json").read_text()) == {
+        "bos_token_id": pieces.bos_id(),
+        "eos_token_id": pieces.eos_id(),
+    }
+    assert json.loads((plan.target / "config.json").read_text())["vocab_size"] == 400
