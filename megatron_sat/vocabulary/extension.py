@@ -120,13 +120,11 @@ def _read_tokenizer(folder: Path) -> _Tokenizer:
         return _Tokenizer(None, file, file.ids, file.size, merges)
     if not model.is_bpe:
         raise ValueError(f"{model.path} is no byte-pair encoding, and others cannot be extended")
-    if file is not None and any(
-        model.ids.get(piece, index) != index for piece, index in file.ids.items()
-    ):
+    ids = model.ids
+    if file is not None and any(ids.get(piece, i) != i for piece, i in file.ids.items()):
         raise ValueError(f"{model.path} and {file.path} have different ids for the same pieces")
-    count = len(model.ids)
     added = _added_tokens(folder, file)
-    model.add_tokens({index: token for index, token in added.items() if index >= count})
+    model.add_tokens({index: token for index, token in added.items() if index >= len(ids)})
     ids = model.ids
     return _Tokenizer(model, file, ids, len(ids), PieceMerges(model.scores))
 
