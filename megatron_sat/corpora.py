@@ -143,14 +143,8 @@ def _byte_chunks(path: str, kind: Format, *, split: bool) -> Iterator[Chunk]:
     first, sent = 1, 0
     position = 0
     for block, position in _blocks(path):
-        end = 0
-        if split and waiting and kind == "text":
-            # A separator may begin in one block and end in the next.
-            before = waiting.pop()
-            waiting.append(before.rstrip())
-            block = before[len(waiting[-1]) :] + block
-        if split:
-            end = _last_record_end(block, kind)
+        # A separator that begins in one block and ends in the next is found when decoding.
+        end = _last_record_end(block, kind) if split else 0
         if not end:
             waiting.append(block)
             continue

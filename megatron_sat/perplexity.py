@@ -315,17 +315,13 @@ class _Evaluation:
     def _batch_loss(self, pieces: list[tuple[list[int], int]]) -> float:
         longest = max(len(ids) for ids, _ in pieces) - 1
         shape = (len(pieces), longest)
-        inputs, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, -100)
+        # Padding stands behind what is read, where a causal model does not look: no mask.
+        inputs, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
         for row, (ids, uncounted) in enumerate(pieces):
             inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-            mask[row, : len(ids) - 1] = 1
             labels[row, uncounted : len(ids) - 1] = torch.tensor(ids[1 + uncounted :])
         device = self.model.device
-        options: dict[str, Any] = {"use_cache": False}
-        if int(mask.sum()) < mask.numel():
-            options["attention_mask"] = mask.to(device)
-        logits = self.model(inputs.to(device), **options).logits
+        logits = self.model(inputs.to(device), use_cache=False).logits
         labels = labels.to(device)
         total = 0.0
         # In float32 the logits of all positions at once may be gigabytes.

@@ -154,6 +154,17 @@ def test_strictly_the_first_bad_record_ends_the_run(
     assert set(tmp_path.iterdir()) == before
 
 
+def test_strictly_the_first_is_the_one_that_stands_first(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [*GOOD[:5], {"text": "9999"}, "bad", *GOOD])
+    with pytest.raises(ValueError, match=r"in\.jsonl:6: cannot be tokenized"):
+        preprocess(
+            inputs=[source],
+            output_prefix=str(tmp_path / "out"),
+            tokenizer=NullTokenizer(100),
+            strict=True,
+        )
+
+
 def test_existing_output_is_left_as_it_is(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", GOOD)
     (tmp_path / "out_text_document.idx").write_text("precious")
