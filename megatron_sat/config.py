@@ -270,10 +270,10 @@ def sat_config_from_args(args: argparse.Namespace) -> SATConfig | None:
     Raises:
         ValueError: names the flag, the value and what would be valid.
     """
-    if args.sat_omission_rate == 0:
-        return None
     total_steps = args.train_iters if args.sat_total_steps is None else args.sat_total_steps
     if total_steps is None:
+        if args.sat_omission_rate == 0:
+            return None
         raise ValueError(
             "--sat-omission-rate needs the number of steps: give --sat-total-steps or --train-iters"
         )
@@ -281,4 +281,8 @@ def sat_config_from_args(args: argparse.Namespace) -> SATConfig | None:
     if decay_start_step is None:
         decay_start_step = max(0, 2 * total_steps // 3)
     values = {field.name: getattr(args, "sat_" + field.name) for field in fields(SATConfig)}
-    return SATConfig(**values | {"total_steps": total_steps, "decay_start_step": decay_start_step})
+    config = SATConfig(
+        **values | {"total_steps": total_steps, "decay_start_step": decay_start_step}
+    )
+    # Checked at rate 0 as well: a flag that makes no sense is a mistake in dense training too.
+    return config if config.omission_rate > 0 else None

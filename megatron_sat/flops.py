@@ -5,6 +5,7 @@ attention; norms, activations, the embedding and the choice of units are not. Al
 whole model, over all ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,16 +117,25 @@ def training_flops(
     heads_kept: int | None = None,
     channels_kept: int | None = None,
     recompute: Recompute | None = None,
+    recompute_layers: int | None = None,
+    recompute_modules: Sequence[str] = ("core_attn",),
 ) -> int:
     """Operations of forward and backward over `tokens` tokens: three times the forward pass.
 
-    Recomputation adds what runs once more: "full" the layers (four times their forward pass),
-    "selective" the core attention. Arguments otherwise, and errors, as for `forward_flops`.
+    Recomputation adds what runs once more: "full" whole layers (four times their forward pass),
+    all of them or `recompute_layers`; "selective" those of "core_attn" and "mlp" that are in
+    `recompute_modules`. Arguments otherwise, and errors, as for `forward_flops`.
     """
     forward = forward_flops(
         shape, tokens=tokens, heads_kept=heads_kept, channels_kept=channels_kept
     )
-    again = {None: 0, "selective": forward.core_attention, "full": forward.layers}
+    modules = {"core_attn": forward.core_attention, "mlp": forward.mlp}
+    layers = shape.num_layers if recompute_layers is None else recompute_layers
+    again = {
+        None: 0,
+        "selective": sum(modules[name] for name in recompute_modules),
+        "full": forward.layers * layers // shape.num_layers,
+    }
     if recompute not in again:
         raise ValueError(f"recompute is {recompute!r}; valid: None, 'selective', 'full'")
     return 3 * forward.total + again[recompute]
@@ -152,22 +162,6 @@ def flops_ratio(
         recompute=recompute,
     )
     return dense / sliced
-
-
-def effective_omission_rates(
-    shape: ModelShape, *, heads_kept: int | None = None, channels_kept: int | None = None
-) -> dict[str, float]:
-    """Shares of heads ("attention") and channels ("mlp") left out, as rounding made them.
-
-    Raises:
-        ValueError: as `forward_flops`.
-    """
-    heads = _kept("heads_kept", heads_kept, shape.num_attention_heads)
-    channels = _kept("channels_kept", channels_kept, shape.ffn_hidden_size)
-    return {
-        "attention": (shape.num_attention_heads - heads) / shape.num_attention_heads,
-        "mlp": (shape.ffn_hidden_size - channels) / shape.ffn_hidden_size,
-    }
 
 
 def _kept(name: str, kept: int | None, available: int) -> int:

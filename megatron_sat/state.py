@@ -68,7 +68,8 @@ class Site:
         self.tensor_parallel_size = tensor_parallel_size
         self.subset: Subset | None = None
         self.ranking: Tensor | None = None
-        self._kept: dict[float, int] = {}
+        # The last count: asked for several times a step, of one rate.
+        self._counted = (-1.0, 0)
 
     @property
     def name(self) -> str:
@@ -88,9 +89,9 @@ class Site:
 
     def kept_per_group(self, rate: float) -> int:
         """How many of the ``units / groups`` units of each group take part at omission ``rate``."""
-        if rate not in self._kept:
-            self._kept[rate] = self._count(rate)
-        return self._kept[rate]
+        if rate != self._counted[0]:
+            self._counted = (rate, self._count(rate))
+        return self._counted[1]
 
     def _count(self, rate: float) -> int:
         config = self.state.require_config()
@@ -189,6 +190,7 @@ class SATState:
         self._rate = 0.0
         self._selection_groups = None if config is None else config.selection_groups
         self._noise: dict[str, Tensor] = {}
+        self._warned = False
 
     def require_config(self) -> SATConfig:
         """The configuration; only for callers that run sparse, so that there is one."""
@@ -236,6 +238,7 @@ class SATState:
                 "make a new one for another model"
             )
         self._check_groups(site)
+        self._warn_of_unequal_work(tensor_parallel_size)
         self.sites[site.name] = site
         return site
 
@@ -329,7 +332,8 @@ class SATState:
         over all tensor-parallel ranks; None where nothing is left out."""
         kept: dict[str, int | None] = {"attention": None, "mlp": None}
         if rate > 0.0:
-            for site in self.sites.values():
+            # All layers are alike, and so are their sites.
+            for site in {site.module: site for site in self.sites.values()}.values():
                 count = site.kept_per_group(rate) * site.groups
                 kept[site.module] = count if count < site.units else None
         return kept
@@ -385,14 +389,19 @@ class SATState:
         if self.config.selection_groups is None and stored_groups is not None:
             self._selection_groups = stored_groups
         for site in self.sites.values():
-            site._kept.clear()
+            site._counted = (-1.0, 0)
             self._check_groups(site)
         self._load_rankings(state_dict["rankings"])
-        tensor_parallel = max((s.tensor_parallel_size for s in self.sites.values()), default=1)
-        if self.selection_groups % tensor_parallel:
+        self._warn_of_unequal_work(
+            max((site.tensor_parallel_size for site in self.sites.values()), default=1)
+        )
+
+    def _warn_of_unequal_work(self, tensor_parallel: int) -> None:
+        if self.selection_groups % tensor_parallel and not self._warned:
+            self._warned = True
             logger.warning(
-                "selection_groups=%d is not a multiple of the tensor-parallel size %d: subsets "
-                "stay those of the stored run, and ranks get unequal work",
+                "selection_groups=%d is not a multiple of the tensor-parallel size %d: ranks get "
+                "unequal work",
                 self.selection_groups,
                 tensor_parallel,
             )

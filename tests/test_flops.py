@@ -10,7 +10,6 @@ from megatron_sat.config import SATConfig
 from megatron_sat.flops import (
     ForwardFlops,
     ModelShape,
-    effective_omission_rates,
     flops_ratio,
     forward_flops,
     training_flops,
@@ -116,6 +115,11 @@ def test_training_is_three_forwards_and_what_is_recomputed():
         training_flops(SMALL, **kept, recompute="selective")
         == 3 * forward.total + forward.core_attention
     )
+    both = {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    again = forward.core_attention + forward.mlp
+    assert training_flops(SMALL, **kept, **both) == 3 * forward.total + again
+    one = training_flops(SMALL, **kept, recompute="full", recompute_layers=1)
+    assert one == 3 * forward.total + forward.layers // SMALL.num_layers
 
 
 def test_dense_training_of_7b_is_about_six_operations_a_parameter_and_token():
@@ -164,20 +168,11 @@ def test_whole_run_of_the_paper():
     assert round(ratio, 2) == 1.55
 
 
-def test_effective_rates():
-    assert effective_omission_rates(SMALL) == {"attention": 0.0, "mlp": 0.0}
-    assert effective_omission_rates(SMALL, heads_kept=3, channels_kept=7) == {
-        "attention": 0.5,
-        "mlp": 0.75,
-    }
-    assert effective_omission_rates(SMALL, channels_kept=0) == {"attention": 0.0, "mlp": 1.0}
-
-
 def test_bad_values_are_refused():
     with pytest.raises(ValueError, match="heads_kept is 7; valid: 0 to 6"):
         forward_flops(SMALL, tokens=1, heads_kept=7)
     with pytest.raises(ValueError, match="channels_kept is -1; valid: 0 to 28"):
-        effective_omission_rates(SMALL, channels_kept=-1)
+        forward_flops(SMALL, tokens=1, channels_kept=-1)
     with pytest.raises(ValueError, match="num_layers is 0; valid: 1 or more"):
         dataclasses.replace(SMALL, num_layers=0)
     with pytest.raises(ValueError, match=r"num_attention_heads is 6; valid: a multiple of .*, 4"):

@@ -238,6 +238,15 @@ def test_a_resume_takes_the_stored_selection_groups(caplog: pytest.LogCaptureFix
     assert named.selection_groups == 4
 
 
+def test_unequal_work_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    state = make_state(selection_groups=1)
+    with caplog.at_level(logging.WARNING):
+        mlp(state, layer=1, size=2)
+        mlp(state, layer=2, size=2)
+    assert len(caplog.records) == 1
+    assert "selection_groups=1 is not a multiple of the tensor-parallel size 2" in caplog.text
+
+
 def test_unequal_ranks_after_a_resume_still_cover_the_subset() -> None:
     stored = make_state(selection_groups=1)
     mlp(stored)

@@ -78,7 +78,10 @@ class SATSelfAttention(SelfAttention):
         """As the stock module's; rotary positions take the fused kernel where there is one."""
         self._angles = None
         if kwargs.get("inference_context") is None and self._rotary.serves(
-            hidden_states, rotary_pos_emb, interleaved=self.config.rotary_interleaved
+            hidden_states,
+            rotary_pos_emb,
+            head_size=self.hidden_size_per_attention_head,
+            interleaved=self.config.rotary_interleaved,
         ):
             self._angles, rotary_pos_emb = rotary_pos_emb, None
         return super().forward(

@@ -1,5 +1,7 @@
 """The collectives by which all ranks come to the same scores."""
 
+import datetime
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,7 +16,9 @@ class ScoreCommunicator:
     on a shared one they would queue behind ZeRO-3's parameter gathers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout: datetime.timedelta | None = None) -> None:
+        """``timeout`` of the statistic's collectives; None is torch's default."""
+        self._timeout = timeout
         self._statistic_group: dist.ProcessGroup | None = None
         self._tensor_parallel_group: dist.ProcessGroup | None = None
         self._connected = False
@@ -38,7 +42,7 @@ class ScoreCommunicator:
         peers: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(peers, dist.get_process_group_ranks(group))
         for ranks in sorted({tuple(ranks) for ranks in peers}):
-            made = dist.new_group(list(ranks))
+            made = dist.new_group(list(ranks), timeout=self._timeout)
             if dist.get_rank() in ranks:
                 self._statistic_group = made
 

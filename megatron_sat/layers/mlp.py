@@ -4,17 +4,19 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor
 
 from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.layers.layout import ChannelLayout
-from megatron_sat.state import SATState
+from megatron_sat.state import SATState, Site
 
 
 class SATMLP(MLP):
     """Megatron-core's ``MLP`` over the channels of its site (equation 10).
 
-    The forward is the stock one: ``linear_fc1`` returns the kept channels of gate and up, still as
-    two halves, the activation sees fewer channels, and ``linear_fc2`` takes as many.
+    The forward is the stock one where every rank keeps as many: ``linear_fc1`` returns the kept
+    channels of gate and up, still as two halves, the activation sees fewer channels, and
+    ``linear_fc2`` takes as many.
     """
 
     def __init__(
@@ -29,6 +31,36 @@ class SATMLP(MLP):
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, **kwargs)
         self._state = state
         self._communicator = communicator
+        self._site: Site | None = None
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[s, b, h]`` -> ``[s, b, h]`` and the bias of ``linear_fc2``, as the stock module's."""
+        site = self._site
+        if (
+            site is None
+            or not self.training
+            or not site.is_sparse
+            or site.local_count() is not None
+        ):
+            output: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, per_token_scale, **kwargs
+            )
+            return output
+        # Selection groups that do not fit the ranks: this one may keep no channel at all, which
+        # the fused activations cannot take.
+        kept, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            kept = kept + bias
+        activation = self.config.activation_func
+        if self.config.gated_linear_unit:
+            gate, up = kept.chunk(2, dim=-1)
+            kept = activation(gate) * up
+        else:
+            kept = activation(kept)
+        output = self.linear_fc2(kept)
+        return output
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; registers the site, whose name holds the number."""
@@ -41,6 +73,7 @@ class SATMLP(MLP):
         )
         if site is None:
             return
+        self._site = site
         self._communicator.connect(
             self.tp_group, sequence_parallel=self.linear_fc1.sequence_parallel
         )

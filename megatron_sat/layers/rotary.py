@@ -29,11 +29,12 @@ class FusedRotary:
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
-    def serves(activations: Tensor, angles: Any, *, interleaved: bool) -> bool:
+    def serves(activations: Tensor, angles: Any, *, head_size: int, interleaved: bool) -> bool:
         """Whether the kernel can take the place of Megatron-core's: bfloat16 on a GPU, one table of
-        angles ``[s, 1 or b, 1, d]``, halves rotated against each other."""
+        angles ``[s, 1 or b, 1, d]`` for whole heads, halves rotated against each other."""
         return (
             isinstance(angles, Tensor)
+            and angles.shape[-1] == head_size
             and activations.dtype == torch.bfloat16
             and not interleaved
             and use_triton(activations)
@@ -41,7 +42,7 @@ class FusedRotary:
         )
 
     def __call__(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """``query [s, b, n, d]``, ``key [s, b, g, d]``, ``angles [s, 1 or b, 1, rotated]`` ->
+        """``query [s, b, n, d]``, ``key [s, b, g, d]``, ``angles [s, 1 or b, 1, d]`` ->
         both rotated. May write into memory of ``query`` and ``key`` that nothing else reads."""
         rotate = _liger_rope()
         assert rotate is not None
@@ -52,7 +53,7 @@ class FusedRotary:
         # is the sequence, and its sequence the batch: no activation is transposed in memory.
         rotated_query, rotated_key = rotate(
             query.transpose(1, 2), key.transpose(1, 2), cosine, sine
-        )
+        )[:2]
         return rotated_query.transpose(1, 2), rotated_key.transpose(1, 2)
 
     def _look_up(self, angles: Tensor, *, batch: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The layer spec: Megatron-core's local GPT layer with sparsity-accelerated modules."""
 
+import datetime
 from typing import Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -21,19 +22,24 @@ _NORMS: dict[str, type] = {"RMSNorm": SATRMSNorm, "LayerNorm": SATLayerNorm}
 
 
 def get_gpt_layer_sat_spec(
-    state: SATState, *, normalization: Normalization, qk_layernorm: bool = False
+    state: SATState,
+    *,
+    normalization: Normalization,
+    qk_layernorm: bool = False,
+    timeout: datetime.timedelta | None = None,
 ) -> ModuleSpec:
     """A transformer layer for Megatron-core's ``GPTModel`` that trains under ``state``.
 
     Usable in anybody's Megatron-core training: call ``state.begin_step(step)`` before each step
     and ``state.begin_micro_batch(i)`` before each micro-batch. A spec, like its state, belongs to
     one model. Under sequence parallelism build the model from :func:`get_gpt_block_sat_spec`,
-    which brings the final norm as well. ValueError for an unknown ``normalization``; what the
+    which brings the final norm as well. ``timeout`` is that of the statistic's collectives (None:
+    torch's default). ValueError for an unknown ``normalization``; what the
     layers do not support is refused by name when they are built.
     """
     norm = _norm(normalization)
     spec = get_gpt_layer_local_spec(normalization=normalization, qk_layernorm=qk_layernorm)
-    sparse = {"state": state, "communicator": ScoreCommunicator()}
+    sparse = {"state": state, "communicator": ScoreCommunicator(timeout=timeout)}
 
     attention = spec.submodules.self_attention
     attention.module = SATSelfAttention
@@ -58,14 +64,17 @@ def get_gpt_layer_sat_spec(
 
 
 def get_gpt_block_sat_spec(
-    config: TransformerConfig, state: SATState
+    config: TransformerConfig, state: SATState, *, timeout: datetime.timedelta | None = None
 ) -> TransformerBlockSubmodules:
     """All layers of ``config`` and the final norm, for ``GPTModel``'s ``transformer_layer_spec``.
 
     Megatron-core's own final norm refuses sequence parallelism without Apex.
     """
     layer = get_gpt_layer_sat_spec(
-        state, normalization=config.normalization, qk_layernorm=config.qk_layernorm
+        state,
+        normalization=config.normalization,
+        qk_layernorm=config.qk_layernorm,
+        timeout=timeout,
     )
     return TransformerBlockSubmodules(
         layer_specs=[layer] * config.num_layers, layer_norm=_norm(config.normalization)

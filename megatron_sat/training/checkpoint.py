@@ -8,10 +8,11 @@ does ``<save>/latest`` name it. So ``latest`` always names a complete checkpoint
 may be damaged all the same: ``run_state.json`` knows the size of every other file.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ LATEST = "latest"
 RUN_STATE = "run_state.json"
 RANKINGS = "sat_rankings.safetensors"
 _FORMAT = 1
+_REPLACED = "replaced-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,9 @@ def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpo
                 f"--load {load}: there is no checkpoint, the file {latest} cannot be read "
                 f"({error.strerror}); give the --save folder of an earlier run"
             ) from error
+    replaced = folder.with_name(_REPLACED + folder.name)
+    if not folder.exists() and replaced.exists():  # killed while its successor took its name
+        folder = replaced
     path = folder / RUN_STATE
     try:
         run_state = json.loads(path.read_text())
@@ -173,8 +178,11 @@ def save_checkpoint(
     with ranks_agree(f"making room for {folder}"):
         if on_first_rank and unfinished.exists():  # left by a run that was killed
             shutil.rmtree(unfinished)
-    engine.save_checkpoint(str(save), tag=unfinished.name, save_latest=False)
+    with _recorded_failures(engine) as failures:
+        engine.save_checkpoint(str(save), tag=unfinished.name, save_latest=False)
     with ranks_agree(f"writing {folder}"):
+        if failures:
+            raise failures[0]
         save_random_state(unfinished / _random_file(dist.get_rank()))
     with ranks_agree(f"finishing {folder}"):
         if on_first_rank:
@@ -197,6 +205,32 @@ def save_checkpoint(
     return folder
 
 
+@contextlib.contextmanager
+def _recorded_failures(engine: Any) -> Iterator[list[Exception]]:
+    """Let DeepSpeed's save go on to its barriers where a file cannot be written, and tell of it.
+
+    The rank that raised there would leave the others waiting.
+    """
+    failures: list[Exception] = []
+    writer = engine.checkpoint_engine
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(writer, name)
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                writer.save(state_dict, path)
+            except Exception as error:
+                failures.append(error)
+
+    engine.checkpoint_engine = Recorder()
+    try:
+        yield failures
+    finally:
+        engine.checkpoint_engine = writer
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
@@ -204,13 +238,16 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _publish(unfinished: Path, folder: Path) -> None:
     """Give a complete checkpoint its name, and let ``latest`` say it."""
-    replaced = folder.with_name(f"replaced-{folder.name}")
+    replaced = folder.with_name(_REPLACED + folder.name)
     if folder.exists():  # the same iteration again, after a resume from an earlier one
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     unfinished.rename(folder)
     pointer = folder.with_name(f"{LATEST}.tmp")
-    pointer.write_text(folder.name)
+    with open(pointer, "w") as file:
+        file.write(folder.name)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(pointer, folder.with_name(LATEST))
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -228,6 +265,13 @@ def load_checkpoint(
     path, _ = engine.load_checkpoint(str(stored.folder.parent), tag=stored.folder.name)
     if path is None:
         raise RuntimeError(f"DeepSpeed loaded nothing from {stored.folder}")
+    # DeepSpeed restores the stored groups with the states: the flags of this run decide.
+    settings = config.optimizer
+    for group in engine.optimizer.param_groups:
+        group["betas"], group["eps"] = (
+            (settings.adam_beta1, settings.adam_beta2),
+            settings.adam_eps,
+        )
     if config.finetune or config.checkpoint.no_load_optim:
         _reset_optimizer(engine)
     if config.finetune:

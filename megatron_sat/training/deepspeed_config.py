@@ -176,6 +176,13 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
     for field, value in _defaults(config).items():
         _put(result, field, value, overwrite=False)
     _refuse_auto(result, "")
+    for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = json_value(result, f"zero_optimization.{section}.device")
+        if device not in (None, "none") and stage < least:
+            raise ValueError(
+                f'"zero_optimization.{section}" in --deepspeed_config is for "{device}", but '
+                f"--zero-stage is {stage}; valid: at least {least}"
+            )
     try:
         DeepSpeedZeroConfig(**result["zero_optimization"])
     except ValueError as error:

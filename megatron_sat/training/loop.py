@@ -83,13 +83,15 @@ class Trainer:
             self.train_step(batches)
             self.display.step(self.iteration)
             is_last = self.iteration == config.train_iters
-            if is_last or self.iteration % config.logging.log_interval == 0:
+            interval = config.checkpoint.save_interval
+            saves = is_last or (interval is not None and self.iteration % interval == 0)
+            # A save ends the interval too: what a resumed run reports is what this one does.
+            if saves or self.iteration % config.logging.log_interval == 0:
                 self.log()
             if is_last or self.iteration % config.eval_interval == 0:
                 with self._meter.paused():
                     self.evaluate()
-            interval = config.checkpoint.save_interval
-            if is_last or (interval and self.iteration % interval == 0):
+            if saves:
                 with self._meter.paused():
                     self.save()
 
@@ -279,13 +281,18 @@ def step_flops(
     config: TrainingConfig, shape: ModelShape, state: SATState, *, tokens: int, rate: float
 ) -> int:
     """Floating-point operations of training on ``tokens`` tokens at omission ``rate``."""
+    parallel = config.parallel
     kept: Mapping[str, int | None] = state.kept_units(rate)
     return training_flops(
         shape,
         tokens=tokens,
         heads_kept=kept["attention"],
         channels_kept=kept["mlp"],
-        recompute=config.parallel.recompute_granularity,
+        recompute=parallel.recompute_granularity,
+        recompute_layers=(
+            parallel.recompute_num_layers if parallel.recompute_method == "block" else None
+        ),
+        recompute_modules=parallel.recompute_modules or ("core_attn",),
     )
 
 

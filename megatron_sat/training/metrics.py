@@ -308,6 +308,10 @@ def open_sinks(
                 Path(folder).mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = []
     first_losses: Mapping[str, float] = {}
+    if project is not None:
+        # First: a login that fails must not cost the lines of an earlier run.
+        name = logging.wandb_exp_name
+        sinks.append(_open_wandb(project, name=name, folder=save, settings=settings))
     if tensorboard is not None:
         with _blame("--tensorboard-dir", tensorboard):
             sinks.append(TensorBoardSink(tensorboard, start_iteration=start_iteration))
@@ -316,10 +320,14 @@ def open_sinks(
             writer = MetricsWriter(Path(save) / METRICS_FILE, start_iteration=start_iteration)
         first_losses = writer.first_validation_losses
         sinks.append(writer)
-    if project is not None:
-        name = logging.wandb_exp_name
-        sinks.append(WandbSink(project, name=name, folder=save, settings=settings))
     return MetricsSinks(sinks, first_validation_losses=first_losses)
+
+
+def _open_wandb(project: str, **options: Any) -> WandbSink:
+    try:
+        return WandbSink(project, **options)
+    except Exception as error:  # the package has no common base for its errors
+        raise ValueError(f"--wandb-project {project}: {error}") from error
 
 
 @contextmanager

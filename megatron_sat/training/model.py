@@ -1,6 +1,7 @@
 """The model, its parameter groups and its optimizer."""
 
 import contextlib
+import datetime
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -149,7 +150,11 @@ def build_model(
     with construction:
         model = SATGPTModel(
             config=transformer,
-            transformer_layer_spec=get_gpt_block_sat_spec(transformer, state),
+            transformer_layer_spec=get_gpt_block_sat_spec(
+                transformer,
+                state,
+                timeout=datetime.timedelta(minutes=config.distributed_timeout_minutes),
+            ),
             vocab_size=padded_vocab,
             max_sequence_length=config.model.max_position_embeddings,
             parallel_output=True,

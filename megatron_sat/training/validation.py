@@ -7,12 +7,10 @@ import contextlib
 import os
 import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_sat.config import SATConfig
 from megatron_sat.training.config import TrainingConfig
 
 
@@ -79,14 +77,6 @@ def check_sat_layout(config: TrainingConfig, *, resuming: bool) -> None:
             f"--sat-selection-groups is {groups}; valid with mlp in --sat-modules: a divisor of "
             f"--ffn-hidden-size, which is {model.ffn_hidden_size}"
         )
-
-
-def resolve_selection_groups(sat: SATConfig, tensor_parallel: int) -> SATConfig:
-    """The same settings with `selection_groups` a number: its default is the tensor-parallel
-    size of the run that starts."""
-    if sat.selection_groups is not None:
-        return sat
-    return replace(sat, selection_groups=tensor_parallel)
 
 
 def check_paths(config: TrainingConfig, *, rank: int) -> None:

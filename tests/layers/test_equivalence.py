@@ -194,11 +194,20 @@ def test_at_the_papers_fine_tuning_rate(model: str) -> None:
     check(results, 1e-12, ("attention", "mlp"))
 
 
-def compare_unbalanced() -> dict:
+def compare_unbalanced(fused: bool) -> dict:
     """Selection groups that do not divide over the ranks: one that keeps nothing still works."""
-    config = tiny_config(num_attention_heads=4)
-    state = SATState(sat(omission_rate=0.75, selection_groups=1, selection="top-k"))
+    config = tiny_config(num_attention_heads=4, bias_activation_fusion=fused)
+    state = SATState(sat(omission_rate=0.9, selection_groups=1, selection="top-k"))
     sparse, dense = twins(config, state, torch.float64)
+    with torch.no_grad():
+        # The first rank's channels and heads have the highest scores, the second's none of them.
+        for layer in sparse.decoder.layers:
+            for linear in (layer.mlp.linear_fc1, layer.self_attention.linear_qkv):
+                linear.weight.copy_(linear.weight.abs() * (1.0 - 2.0 * linear.tp_group.rank()))
+            for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+                norm.weight.fill_(1.0)
+        sparse.embedding.word_embeddings.weight.abs_()
+        dense.load_state_dict(sparse.state_dict())
     state.begin_step(1)
     logits, gradients = run(sparse)
     with mask_omitted(dense, state):
@@ -206,13 +215,14 @@ def compare_unbalanced() -> dict:
     return {
         "error": max(relative_error(gradients[name], expected[name]) for name in expected),
         "logits": relative_error(logits, expected_logits),
-        "heads": [len(state.sites[f"{layer}.attention"].subset.local) for layer in (1, 2)],
+        "kept": [len(state.sites[f"1.{module}"].subset.local) for module in ("attention", "mlp")],
     }
 
 
-def test_a_rank_may_keep_nothing() -> None:
-    first, second = run_on_ranks(compare_unbalanced, 2, tensor_parallel=2)
-    assert [a + b for a, b in zip(first["heads"], second["heads"], strict=True)] == [1, 1]
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_rank_may_keep_nothing(fused: bool) -> None:
+    first, second = run_on_ranks(compare_unbalanced, 2, fused, tensor_parallel=2)
+    assert first["kept"] == [1, 16] and second["kept"] == [0, 0]
     for result in (first, second):
         assert result["error"] < 1e-12 and result["logits"] < 1e-12
 

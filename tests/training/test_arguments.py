@@ -4,13 +4,11 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_sat.config import SATConfig
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.validation import (
     check_paths,
     check_sat_layout,
-    resolve_selection_groups,
 )
 
 DEFAULTS = {
@@ -271,13 +269,6 @@ def test_fewer_query_groups_than_tensor_parallel_ranks():
     with pytest.raises(ValueError, match="query groups"):
         check_sat_layout(parse(flags, world_size=4), resuming=False)
     check_sat_layout(parse(flags + " --sat-modules mlp", world_size=4), resuming=False)
-
-
-def test_selection_groups_default_to_the_tensor_parallel_size():
-    sat = SATConfig(omission_rate=0.5, total_steps=10, decay_start_step=5)
-    assert resolve_selection_groups(sat, 4).selection_groups == 4
-    fixed = SATConfig(omission_rate=0.5, total_steps=10, decay_start_step=5, selection_groups=2)
-    assert resolve_selection_groups(fixed, 4) == fixed
 
 
 def test_trying_directories_leaves_nothing_behind(tmp_path):
