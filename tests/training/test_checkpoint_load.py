@@ -1,0 +1,66 @@
+"""What a load does not decide, and what a failing write does not leave waiting."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.training.checkpoint import RUN_STATE, find_checkpoint
+
+RUN = "--train-iters 2 --lr-decay-iters 4 --sat-omission-rate 0.5 --sat-channel-multiple 16 "
+
+
+def adam_of_a_loaded_run(argv: list[str]) -> list[tuple[Any, ...]]:
+    groups = train(argv).engine.optimizer.param_groups
+    return [(tuple(group["betas"]), group["eps"]) for group in groups]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_adams_settings_are_those_of_the_flags(stage: int, tmp_path: Path, tiny_data: Path) -> None:
+    flags = RUN + f"--zero-stage {stage} "
+    train_on_ranks(tiny_run(tiny_data, flags, save=tmp_path), 1)
+    changed = flags + f"--load {tmp_path} --finetune --adam-beta1 0.8 --adam-beta2 0.9 "
+    argv = tiny_run(tiny_data, changed + "--adam-eps 1e-6")
+    (groups,) = run_on_ranks(adam_of_a_loaded_run, 1, argv)
+    assert groups and all(group == ((0.8, 0.9), 1e-6) for group in groups)
+
+
+def save_where_one_rank_cannot_write(argv: list[str]) -> None:
+    write = torch.save
+
+    def fail(state: Any, path: Any, **options: Any) -> None:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device", str(path))
+        write(state, path, **options)
+
+    with mock.patch("torch.save", fail):
+        train(argv)
+
+
+def test_ranks_stop_together_when_one_cannot_write_its_part(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    argv = tiny_run(tiny_data, RUN + "--zero-stage 3", save=tmp_path)
+    with pytest.raises(RankError, match="No space left on device") as raised:
+        run_on_ranks(save_where_one_rank_cannot_write, 2, argv, timeout=60)
+    # Rank 0 wrote its part and was told: the lowest rank that failed is named.
+    assert raised.value.rank == 0
+    assert not (tmp_path / "latest").exists()
+
+
+def test_a_run_killed_between_the_two_names_of_a_checkpoint_goes_on(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    train_on_ranks(tiny_run(tiny_data, RUN, save=tmp_path), 1)
+    folder = tmp_path / "global_step2"
+    folder.rename(tmp_path / "replaced-global_step2")
+    stored = find_checkpoint(str(tmp_path))
+    assert (stored.folder / RUN_STATE).exists() and stored.progress.iteration == 2
+    flags = RUN + f"--load {tmp_path} --train-iters 3 --sat-total-steps 2 "
+    lines = train_on_ranks(tiny_run(tiny_data, flags, save=tmp_path / "on"), 1)
+    assert [line["iteration"] for line in lines if line["kind"] == "train"] == [3]
