@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sat import SATConfig, SATState
-from megatron_sat.state import Site
+from megatron_sat.site import Site
 
 CPU = torch.device("cpu")
 

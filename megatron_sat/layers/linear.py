@@ -15,7 +15,7 @@ from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.layers.functions import ColumnParallelSlicedLinear
 from megatron_sat.layers.layout import ChannelLayout, HeadLayout
 from megatron_sat.ops.linear import column_sliced_linear, row_sliced_linear
-from megatron_sat.state import Site, Subset
+from megatron_sat.site import Site, Subset
 
 
 class SATColumnParallelLinear(ColumnParallelLinear):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.layers.layout import ChannelLayout
-from megatron_sat.state import SATState, Site
+from megatron_sat.site import Site
+from megatron_sat.state import SATState
 
 
 class SATMLP(MLP):

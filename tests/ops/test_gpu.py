@@ -21,6 +21,7 @@ from megatron_sat.ops.gather_scatter import (
     scatter_columns,
     scatter_rows,
 )
+from megatron_sat.ops.topk import top_units
 
 pytestmark = [
     pytest.mark.gpu,
@@ -198,3 +199,39 @@ def test_attention_in_bfloat16(
     wanted_grads = torch.autograd.grad(wanted, exact, dout.double())
     for value, reference in zip((out, *grads), (wanted, *wanted_grads), strict=True):
         assert (value.double() - reference).norm() <= 1e-2 * reference.norm()
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 11008), (8, 1376), (1, 32), (2, 20000)])
+def test_top_units_equals_sorting(groups: int, size: int) -> None:
+    # Twice: the first launch compiles, the second is remembered.
+    for _ in range(2):
+        values = normal(groups * size, dtype=torch.float32)
+        values[:: max(1, size // 7)] = 0.5  # ties
+        with no_waiting():
+            chosen = top_units(values, size // 2 * groups, groups=groups)
+        with force_backend("torch"):
+            assert torch.equal(chosen, top_units(values, size // 2 * groups, groups=groups))
+
+
+@pytest.mark.parametrize(("unit", "sections", "units"), [(1, 2, 11008), (384, 1, 32), (1, 1, 17)])
+def test_block_dot_equals_float64(unit: int, sections: int, units: int) -> None:
+    count = torch.tensor(4096.0, device="cuda")
+    for _ in range(2):
+        weight = normal(sections * units * unit, 4096)
+        vector = normal(4096, dtype=torch.float32)
+        with no_waiting():
+            actual = score.block_dot(weight, vector, count, unit=unit, sections=sections)
+        exact = weight.double() @ vector.double() / 4096
+        exact = exact.view(sections, units, unit).mean(dim=(0, 2))
+        assert (actual - exact).norm() / exact.norm() < 1e-5
+
+
+def test_launches_are_told_apart_by_sizes_and_alignment() -> None:
+    storage = normal(64 * 33 + 1)
+    for columns in (32, 33, 16, 1):
+        for offset in (0, 1):
+            weight = storage[offset : offset + 64 * columns].view(64, columns)
+            index = draw(64, 16)
+            expected = weight[index]
+            for _ in range(2):
+                assert torch.equal(gather_rows(weight, index), expected)

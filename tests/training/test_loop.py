@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from megatron_sat.layers.communication import ScoreCommunicator
-from megatron_sat.state import Site
+from megatron_sat.site import Site
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training.loop import Trainer, check_equal_subsets
