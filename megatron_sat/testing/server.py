@@ -10,6 +10,7 @@ or touch a GPU: it runs with one OpenMP thread, and its replies are short JSON p
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import importlib
 import importlib.util
@@ -34,6 +35,7 @@ import deepspeed.ops
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import groups as deepspeed_groups
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel  # noqa: F401  (imported here once, for all ranks)
@@ -47,6 +49,7 @@ MAX_RANKS = 250  # as many file descriptors as fit into one message
 # Process groups that a case made outlive it, with their threads, until all groups are made anew.
 CASES_PER_LAYOUT = 20
 _PR_SET_PDEATHSIG = 1
+_caches: list[Any] = []
 
 
 def serve(control_fd: int, *, device: str, folder: str) -> None:
@@ -63,6 +66,7 @@ def serve(control_fd: int, *, device: str, folder: str) -> None:
         # DeepSpeed would compile its shared-memory all-reduce, half a minute, for inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gc.collect()
+    _caches.extend(_find_caches())
     gc.freeze()  # else every collection in a rank walks, and so copies, all that was imported
     with socket.socket(fileno=control_fd) as control:
         try:
@@ -190,6 +194,7 @@ class _Layout:
 
     def release_memory(self) -> None:
         """Free what the case left, since these ranks may idle while others want the memory."""
+        _forget_engines()
         gc.collect()  # engines hold their parameters in reference cycles
         if self._device == "cuda":
             torch.cuda.empty_cache()
@@ -217,6 +222,27 @@ class _Layout:
         """A case may end or replace these, as a trainer that initialises everything does."""
         world = dist.group.WORLD if dist.is_initialized() else None
         return world, parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+
+
+def _find_caches() -> list[Any]:
+    """Functions of DeepSpeed and Megatron-core under `functools.lru_cache`."""
+    kind = type(functools.lru_cache(len))
+    return [
+        function
+        for function in gc.get_objects()
+        if isinstance(function, kind) and function.__module__.startswith(("deepspeed", "megatron."))
+    ]
+
+
+def _forget_engines() -> None:
+    """Empty what DeepSpeed and Megatron-core fill, for the life of a process, with models.
+
+    Otherwise all their process groups would live on, whose threads wake up a hundred times a second
+    each. Under ZeRO-3 an engine must have been destroyed, too.
+    """
+    FWD_MODULE_STACK.clear()
+    for function in _caches:
+        function.cache_clear()
 
 
 def _resolve(name: str, path: str | None, qualname: str) -> Callable[..., Any]:

@@ -72,7 +72,9 @@ def train(argv: Sequence[str]) -> Any:
     from megatron_sat.training.run import pretrain
 
     parallel_state.destroy_model_parallel()  # the run makes its own
-    return pretrain(argv)
+    trainer = pretrain(argv)
+    trainer.engine.destroy()
+    return trainer
 
 
 def train_on_ranks(argv: Sequence[str], world_size: int) -> list[dict[str, Any]]:

@@ -52,7 +52,10 @@ def run_killed_and_resumed(argv: list[str], save: Path, world_size: int) -> list
 
 
 CASES = {
-    "data and tensor parallel, ZeRO 3": (4, "--tensor-model-parallel-size 2 --zero-stage 3 "),
+    "data and tensor parallel, ZeRO 3": (
+        4,
+        "--tensor-model-parallel-size 2 --zero-stage 3 --global-batch-size 4 ",
+    ),
     "ZeRO 0, static": (2, "--zero-stage 0 --sat-selection static "),
     "ZeRO 2, bfloat16": (2, "--zero-stage 2 --bf16 "),
     "ZeRO 0, bfloat16": (1, "--zero-stage 0 --bf16 "),

@@ -1,0 +1,38 @@
+import os
+
+import pytest
+
+from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing.training import tiny_run, train, train_on_ranks, write_indexed_data
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def threads_after_training(argv: list[str]) -> int:
+    train(argv)
+    return threads()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_indexed_data(tmp_path_factory.mktemp("data") / "numbers")
+
+
+def test_runs_leave_no_threads_behind(data):
+    argv = tiny_run(data, "--train-iters 3 --zero-stage 3 --sat-omission-rate 0.5")
+    counts = []
+    for _ in range(2):
+        counts.append(run_on_ranks(threads, 2))
+        during = run_on_ranks(threads_after_training, 2, argv)
+        assert during > counts[-1]
+    assert run_on_ranks(threads, 2) == counts[1] == counts[0]
+
+
+def test_metrics_of_a_run_come_back(tmp_path, data):
+    argv = tiny_run(data, "--train-iters 3 --eval-interval 2", save=tmp_path)
+    lines = train_on_ranks(argv, 1)
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 2, 3, 3]
+    with pytest.raises(RankError, match="--hidden-size"):
+        train_on_ranks([*argv, "--hidden-size", "0"], 1)
