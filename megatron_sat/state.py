@@ -189,8 +189,12 @@ class SATState:
 
     def effective_rates(self) -> dict[str, float]:
         """The share of units left out in this step after rounding, by module; 0.0 where dense."""
+        return self.effective_rates_at(self._rate)
+
+    def effective_rates_at(self, rate: float) -> dict[str, float]:
+        """The share of units left out at omission ``rate`` after rounding, by module."""
         rates: dict[str, float] = {"attention": 0.0, "mlp": 0.0}
-        kept = self.kept_units(self._rate)
+        kept = self.kept_units(rate)
         for site in self.sites.values():
             rates[site.module] = 1.0 - (kept[site.module] or site.units) / site.units
         return rates

@@ -118,7 +118,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             first_validation_losses=sinks.first_validation_losses,
         )
     with display:
-        display.message(_describe(config, engine, stored, progress))
+        display.message(_describe(config, state, engine, stored, progress))
         try:
             trainer = Trainer(
                 config,
@@ -146,7 +146,11 @@ def _padded_vocab(config: TrainingConfig, vocab_size: int) -> int:
 
 
 def _describe(
-    config: TrainingConfig, engine: Any, stored: StoredCheckpoint | None, progress: Progress
+    config: TrainingConfig,
+    state: SATState,
+    engine: Any,
+    stored: StoredCheckpoint | None,
+    progress: Progress,
 ) -> str:
     """What runs, in a few lines."""
     parallel, world_size = config.parallel, dist.get_world_size()
@@ -184,6 +188,16 @@ def _describe(
             f"{sat.decay_start_step} of {sat.total_steps}, then {sat.schedule}; {sat.metric}, "
             f"{sat.selection}, {' and '.join(sat.modules)}"
         )
+        left_out = state.effective_rates_at(sat.omission_rate)
+        lines.append(
+            f" after rounding that leaves out {left_out['attention']:.3f} of the heads and "
+            f"{left_out['mlp']:.3f} of the channels"
+        )
+        if not any(left_out.values()):
+            lines.append(
+                " WARNING: nothing is left out: too few heads, and --sat-channel-multiple "
+                f"{sat.channel_multiple} is too coarse for these channels"
+            )
     if stored is None and config.checkpoint.load_hf is not None:
         lines.append(f" weights of {config.checkpoint.load_hf}")
     if stored is not None:
