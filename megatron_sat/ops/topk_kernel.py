@@ -41,6 +41,7 @@ def _top_units_kernel(out, values, size, keep, BLOCK: tl.constexpr):
 
 
 def top_units(values: Tensor, keep: int, *, groups: int) -> Tensor:
+    """Triton form of `topk.top_units`."""
     values = values.contiguous()
     size = values.numel() // groups
     out = torch.empty(keep, dtype=torch.int64, device=values.device)

@@ -250,6 +250,7 @@ def _block_dot_kernel(
 
 
 def gather_rows(weight: Tensor, index: Tensor, *, unit: int, sections: int) -> Tensor:
+    """Triton form of `gather_scatter.gather_rows`."""
     weight = weight.contiguous()
     rows, columns = weight.shape
     kept = index.numel()
@@ -262,6 +263,7 @@ def gather_rows(weight: Tensor, index: Tensor, *, unit: int, sections: int) -> T
 
 
 def scatter_rows(values: Tensor, index: Tensor, *, rows: int, unit: int, sections: int) -> Tensor:
+    """Triton form of `gather_scatter.scatter_rows`."""
     values = values.contiguous()
     columns, kept = values.shape[1], index.numel()
     out = values.new_empty(rows, columns)
@@ -273,6 +275,7 @@ def scatter_rows(values: Tensor, index: Tensor, *, rows: int, unit: int, section
 
 
 def gather_columns(weight: Tensor, index: Tensor, *, unit: int) -> Tensor:
+    """Triton form of `gather_scatter.gather_columns`."""
     weight = weight.contiguous()
     rows, columns = weight.shape
     out = weight.new_empty(rows, index.numel() * unit)
@@ -284,6 +287,7 @@ def gather_columns(weight: Tensor, index: Tensor, *, unit: int) -> Tensor:
 
 
 def scatter_columns(values: Tensor, index: Tensor, *, columns: int, unit: int) -> Tensor:
+    """Triton form of `gather_scatter.scatter_columns`."""
     values = values.contiguous()
     rows, kept = values.shape[0], index.numel()
     out = values.new_empty(rows, columns)
@@ -295,12 +299,14 @@ def scatter_columns(values: Tensor, index: Tensor, *, columns: int, unit: int) -
 
 
 def row_dot(weight: Tensor, vector: Tensor) -> Tensor:
+    """Triton form of `score.row_dot`."""
     return _row_reduce(weight, vector.contiguous(), norm=False)
 
 
 def block_dot(
     weight: Tensor, vector: Tensor, count: Tensor | None, *, unit: int, sections: int
 ) -> Tensor:
+    """Triton form of `score.block_dot`."""
     weight, vector = weight.contiguous(), vector.contiguous()
     rows, columns = weight.shape
     units = rows // (unit * sections)
@@ -322,6 +328,7 @@ def block_dot(
 
 
 def row_norm(weight: Tensor) -> Tensor:
+    """Triton form of `score.row_norm`."""
     return _row_reduce(weight, weight, norm=True)
 
 
