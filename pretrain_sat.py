@@ -1,6 +1,6 @@
 """Continue the pre-training of a Llama-family model with sparsity-accelerated training.
 
-    deepspeed pretrain_sat.py --help
+deepspeed pretrain_sat.py --help
 """
 
 import sys
