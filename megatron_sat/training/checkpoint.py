@@ -214,7 +214,7 @@ def _recorded_failures(engine: Any) -> Iterator[list[Exception]]:
     failures: list[Exception] = []
     writer = engine.checkpoint_engine
 
-    class Recorder:
+    class _Recorder:
         def __getattr__(self, name: str) -> Any:
             return getattr(writer, name)
 
@@ -224,7 +224,7 @@ def _recorded_failures(engine: Any) -> Iterator[list[Exception]]:
             except Exception as error:
                 failures.append(error)
 
-    engine.checkpoint_engine = Recorder()
+    engine.checkpoint_engine = _Recorder()
     try:
         yield failures
     finally:
