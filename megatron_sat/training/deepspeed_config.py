@@ -24,6 +24,7 @@ OWNED_SECTIONS = {
 NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
 LARGEST_BUCKET = 200_000_000
 SMALLEST_BUCKET = 1_000_000
+LARGEST_PACKED_GRADIENT = 4_000_000  # elements; at ZeRO stage 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +221,9 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
     if stage == 3:
         defaults |= {
             "zero_optimization.stage3_prefetch_bucket_size": bucket,
+            # A gradient larger than this is reduced where it is; smaller ones are copied together,
+            # twice. Matrices of a real model are messages large enough by themselves.
+            "zero_optimization.reduce_bucket_size": min(bucket, LARGEST_PACKED_GRADIENT),
             # Norms and biases stay whole on every rank; no matrix of a real model does.
             "zero_optimization.stage3_param_persistence_threshold": 10 * config.model.hidden_size,
             # An attention or MLP is fetched whole, by one hook instead of one for each of its
