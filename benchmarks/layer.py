@@ -68,8 +68,8 @@ SHAPES = {
         num_query_groups=1,
     ),
 }
-# Steps timed in a row, like the layers of a model.
-_LAYERS = 8
+# Steps timed in a row, like the layers of a model, and steps before them.
+_LAYERS, _SETTLING = 16, 8
 # The rate falls by 0.01 a step, so that each rate up to 0.96 has its step.
 _STEPS = 97
 
@@ -156,7 +156,7 @@ def measure(name: str, tokens: int, rates: list[float], *, repeats: int) -> list
         return step
 
     cases = {"stock": stock.step, "dense": at(0.0)} | {str(rate): at(rate) for rate in rates}
-    times = interleaved_medians(cases, warmup=3, repeats=repeats, run=_LAYERS)
+    times = interleaved_medians(cases, warmup=3, repeats=repeats, run=_LAYERS, settle=_SETTLING)
     memory = {label: peak_gib(case) for label, case in cases.items()}
     baseline = min(times["stock"], times["dense"])
     dense_flops = forward_flops(shape, tokens=tokens).layers

@@ -11,13 +11,19 @@ import torch
 
 
 def interleaved_medians(
-    cases: Mapping[str, Callable[[], object]], *, warmup: int, repeats: int, run: int = 1
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int,
+    repeats: int,
+    run: int = 1,
+    settle: int = 0,
 ) -> dict[str, float]:
     """Median milliseconds of each case on the current CUDA device.
 
     Cases take turns, so that a drifting clock touches all alike; each is warmed up first. A case
     is timed over ``run`` calls in a row, as the layers of a model follow each other: a call whose
-    launches take longer than its kernels is bound by the host, and shows it.
+    launches take longer than its kernels is bound by the host, and shows it. ``settle`` calls go
+    before, untimed: a card that runs at its power limit is slower for a while after heavy work.
     """
     for case in cases.values():
         for _ in range(warmup):
@@ -26,6 +32,8 @@ def interleaved_medians(
     for _ in range(repeats):
         for name, case in cases.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(settle):
+                case()
             torch.cuda.synchronize()
             start.record()
             for _ in range(run):

@@ -75,10 +75,10 @@ def statistic(metric: str, inputs: Tensor, mask: Tensor | None = None) -> tuple[
     if mask is not None:
         # Not a product: what stands in the padding may be infinite or NaN.
         inputs = torch.where(mask[..., None], inputs, 0)
-    # The extra dimension lets a single token, without leading dimensions, be summed as well.
-    inputs = inputs[None]
+    if not tokens:  # a single token, without leading dimensions
+        inputs = inputs[None]
     dims = tuple(range(inputs.ndim - 1))
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     if metric == "maxip":
         total = inputs.sum(dim=dims, dtype=dtype)
     else:

@@ -61,12 +61,6 @@ def draw_noise(
     return exponential.log_().neg_().split(list(sizes))
 
 
-def _perturbed(scores: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-    if noise is None:
-        return scores
-    return torch.add(noise, scores, alpha=1.0 / temperature)
-
-
 def rank_units(scores: Tensor, noise: Tensor | None, *, temperature: float, groups: int) -> Tensor:
     """All units of every group, best first.
 
@@ -80,7 +74,8 @@ def rank_units(scores: Tensor, noise: Tensor | None, *, temperature: float, grou
         Indices into `scores`, `[groups, n / groups]` int64; of equal units the lower index first.
         The first k of a row are a draw of k units of that group without replacement.
     """
-    values = _perturbed(scores, noise, temperature).view(groups, -1)
+    values = scores if noise is None else torch.add(noise, scores, alpha=1.0 / temperature)
+    values = values.view(groups, -1)
     # A stable sort keeps the lower index first among equals; torch.topk promises no order.
     ranked = torch.sort(values, dim=-1, descending=True, stable=True).indices
     first = torch.arange(0, scores.numel(), ranked.shape[1], device=scores.device)
@@ -95,7 +90,7 @@ def select_with_noise(
     Arguments as for `rank_units`; `keep` is a multiple of `groups`. Returns `[keep]` int64,
     ascending. Works on any device and never waits for it.
     """
-    return top_units(_perturbed(scores, noise, temperature), keep, groups=groups)
+    return top_units(scores, keep, groups=groups, noise=noise, scale=1.0 / temperature)
 
 
 def select(

@@ -51,6 +51,8 @@ class Site:
         self.state = state
         self.module = module
         self.layer = layer
+        # The site's key in logs and checkpoints, such as 12.mlp.
+        self.name = f"{layer}.{module}"
         self.units = units
         self.query_groups = query_groups
         self.tensor_parallel_rank = tensor_parallel_rank
@@ -59,11 +61,6 @@ class Site:
         self.ranking: Tensor | None = None
         # The last count: asked for several times a step, of one rate.
         self._counted = (-1.0, 0)
-
-    @property
-    def name(self) -> str:
-        """The site's key in logs and checkpoints, such as ``12.mlp``."""
-        return f"{self.layer}.{self.module}"
 
     @property
     def is_grouped_query(self) -> bool:

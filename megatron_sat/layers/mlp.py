@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
 from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.layers.layout import ChannelLayout
+from megatron_sat.ops.backend import use_triton
+from megatron_sat.ops.swiglu import swiglu
 from megatron_sat.site import Site
 from megatron_sat.state import SATState
 
@@ -15,9 +18,9 @@ from megatron_sat.state import SATState
 class SATMLP(MLP):
     """Megatron-core's ``MLP`` over the channels of its site (equation 10).
 
-    The forward is the stock one where every rank keeps as many: ``linear_fc1`` returns the kept
-    channels of gate and up, still as two halves, the activation sees fewer channels, and
-    ``linear_fc2`` takes as many.
+    ``linear_fc1`` returns the kept channels of gate and up, still as two halves, the activation
+    sees fewer channels, and ``linear_fc2`` takes as many. The forward is the stock one, but for a
+    gated activation on GPU, dense and sparse, whose fused kernel is this project's.
     """
 
     def __init__(
@@ -33,11 +36,26 @@ class SATMLP(MLP):
         self._state = state
         self._communicator = communicator
         self._site: Site | None = None
+        self._fuses_swiglu = (
+            config.gated_linear_unit
+            and config.activation_func is torch.nn.functional.silu
+            and config.bias_activation_fusion
+            and not config.add_bias_linear
+            and not config.use_te_activation_func
+            and config.activation_func_clamp_value is None
+            and not config.glu_linear_offset
+            and not config.activation_func_fp8_input_store
+            and not config.cpu_offloading
+        )
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h]`` -> ``[s, b, h]`` and the bias of ``linear_fc2``, as the stock module's."""
+        if self._fuses_swiglu and per_token_scale is None and use_triton(hidden_states):
+            kept, _ = self.linear_fc1(hidden_states)
+            fused: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(kept))
+            return fused
         site = self._site
         if (
             site is None

@@ -25,6 +25,7 @@ def use_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and triton_runs_on(tensor.device)
 
 
+@functools.cache
 def kernels() -> ModuleType:
     """The Triton kernels, imported on use: triton is not installed everywhere."""
     from megatron_sat.ops import triton_kernels

@@ -31,22 +31,31 @@ def gather_rows(weight: Tensor, index: Tensor, *, unit: int = 1, sections: int =
 
 
 def scatter_rows(
-    values: Tensor, index: Tensor, *, rows: int, unit: int = 1, sections: int = 1
+    values: Tensor,
+    index: Tensor,
+    *,
+    rows: int,
+    unit: int = 1,
+    sections: int = 1,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`values [sections*k*unit, in]` -> `[rows, in]` with them in the kept rows, zero elsewhere.
 
-    With every unit kept the result is `values` itself, not a copy.
+    Written to `out`, contiguous, where that is given. Otherwise, with every unit kept, the result
+    is `values` itself, not a copy.
     """
     units = count_units("rows", rows, unit=unit, sections=sections)
     kept, columns = index.numel(), values.shape[1]
     _check_length("values rows", values.shape[0], sections * kept * unit)
-    if kept == units:
+    if kept == units and out is None:
         return values
+    if out is None:
+        out = values.new_empty(rows, columns)
     if use_triton(values):
-        return kernels().scatter_rows(values, index, rows=rows, unit=unit, sections=sections)
-    blocks = values.new_zeros(sections, units, unit * columns)
+        return kernels().scatter_rows(values, index, out, unit=unit, sections=sections)
+    blocks = out.zero_().view(sections, units, unit * columns)
     blocks.index_copy_(1, index, values.reshape(sections, kept, unit * columns))
-    return blocks.view(rows, columns)
+    return out
 
 
 def gather_columns(weight: Tensor, index: Tensor, *, unit: int = 1) -> Tensor:

@@ -6,6 +6,7 @@ kernel is remembered by what it was compiled for, and launched as Triton documen
 are compiled ahead.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 _launchers: dict[tuple[Any, ...], Any] = {}
+_NOTHING = contextlib.nullcontext()
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
     tensors: tuple[Tensor, ...],
-    numbers: tuple[int, ...],
+    numbers: tuple[float, ...],
     constants: Mapping[str, Any],
     **options: Any,
 ) -> None:
@@ -40,10 +42,38 @@ def launch(
         *((tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors),
     )
     launcher = _launchers.get(key)
-    with torch.cuda.device_of(tensors[0]):
+    with _on(device):
         if launcher is not None:
             launcher(*tensors, *numbers, *constants.values())
             return
         compiled = kernel[grid](*tensors, *numbers, **constants, **options)
     if compiled is not None:  # the interpreter compiles nothing
         _launchers[key] = compiled[(*grid, 1, 1)[:3]]
+
+
+def _on(device: int) -> contextlib.AbstractContextManager[object]:
+    """What makes ``device`` the current one: mostly nothing, which is cheaper than to say it again.
+    The CPU's number, for Triton's interpreter, is -1."""
+    if device < 0 or device == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+# Triton has these too, for kernels as well, and takes many times as long on the host.
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n``, and 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def tile_shape(columns: int, limits: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a tile over rows of length `columns`, both powers of two."""
+    elements, widest = limits
+    block_columns = min(widest, power_of_2(columns))
+    return min(elements // block_columns, 64), block_columns

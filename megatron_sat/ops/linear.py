@@ -56,8 +56,16 @@ def column_weight_grad(
     dy: Tensor, x: Tensor, index: Tensor, *, rows: int, unit: int = 1, sections: int = 1
 ) -> Tensor:
     """dweight [rows, in], of which the kept rows are dy [T, m].T @ x [T, in]."""
-    if index.numel() == 0:
+    kept = index.numel()
+    if kept == 0:
         return x.new_zeros(rows, x.shape[1])
+    if sections > 1 and 3 * rows < 4 * kept * unit * sections < 4 * rows:
+        # The kept rows and the whole gradient are there at once. Where little is left out that
+        # would be more than the dense layer needs: here, one section's kept rows at a time.
+        whole = x.new_empty(rows, x.shape[1])
+        for dy_part, part in zip(dy.chunk(sections, dim=1), whole.chunk(sections), strict=True):
+            scatter_rows(dy_part.t() @ x, index, rows=part.shape[0], unit=unit, out=part)
+        return whole
     return scatter_rows(dy.t() @ x, index, rows=rows, unit=unit, sections=sections)
 
 

@@ -9,12 +9,21 @@ from megatron_sat.ops.backend import kernels, use_triton
 _LARGEST_GROUP = 2**15
 
 
-def top_units(values: Tensor, keep: int, *, groups: int = 1) -> Tensor:
+def top_units(
+    values: Tensor,
+    keep: int,
+    *,
+    groups: int = 1,
+    noise: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     """The `keep / groups` largest values of each of `groups` contiguous groups.
 
     Args:
         values: `[n]` float32; n is a multiple of `groups`, as is `keep`.
         keep: how many in all, 0 to n.
+        noise: `[n]` float32; where there is any, `values * scale + noise` are compared.
+        scale: see `noise`.
 
     Returns: their indices, `[keep]` int64, ascending; of equal values the lower index. Never
         waits for the GPU.
@@ -23,7 +32,9 @@ def top_units(values: Tensor, keep: int, *, groups: int = 1) -> Tensor:
     if keep == n:
         return torch.arange(n, device=values.device)
     if keep and use_triton(values) and n // groups <= _LARGEST_GROUP:
-        return kernels().top_units(values, keep, groups=groups)
+        return kernels().top_units(values, keep, groups=groups, noise=noise, scale=scale)
+    if noise is not None:
+        values = torch.add(noise, values, alpha=scale)
     # A stable sort keeps the lower index first among equals; torch.topk promises no order.
     ranked = torch.sort(values.view(groups, -1), dim=-1, descending=True, stable=True).indices
     best = ranked[:, : keep // groups].sort(dim=-1).values

@@ -8,12 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_sat.ops.launch import launch
+from megatron_sat.ops.launch import launch, power_of_2
 
 
 @triton.jit
-def _top_units_kernel(out, values, size, keep, BLOCK: tl.constexpr):
-    """One program per group of `size` values, of which it writes the `keep` best indices.
+def _top_units_kernel(
+    out, values, noise, size, keep, scale, BLOCK: tl.constexpr, NOISY: tl.constexpr
+):
+    """One program per group of `size` values, of which it writes the `keep` best indices; NOISY:
+    the values are multiplied by `scale` and `noise` is added.
 
     No sorting: the smallest kept value is found bit by bit, by counting how many values reach each
     candidate; a running count of what is kept then gives every index its place.
@@ -22,6 +25,8 @@ def _top_units_kernel(out, values, size, keep, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     live = offsets < size
     value = tl.load(values + group * size + offsets, mask=live, other=0.0)
+    if NOISY:
+        value = value * scale + tl.load(noise + group * size + offsets, mask=live, other=0.0)
     value = tl.where(value == 0.0, 0.0, value)  # -0.0 equals 0.0, its bits do not
     bits = value.to(tl.int32, bitcast=True)
     # Integers in the order of the floats; +1 leaves 0 to what is outside, below -inf's.
@@ -40,18 +45,22 @@ def _top_units_kernel(out, values, size, keep, BLOCK: tl.constexpr):
     tl.store(out + group * keep + place, group * size + offsets, mask=kept)
 
 
-def top_units(values: Tensor, keep: int, *, groups: int) -> Tensor:
+def top_units(
+    values: Tensor, keep: int, *, groups: int, noise: Tensor | None, scale: float
+) -> Tensor:
     """Triton form of `topk.top_units`."""
     values = values.contiguous()
+    # Without noise nothing reads its pointer.
+    noisy, noise = noise is not None, values if noise is None else noise.contiguous()
     size = values.numel() // groups
     out = torch.empty(keep, dtype=torch.int64, device=values.device)
-    block = triton.next_power_of_2(size)
+    block = power_of_2(size)
     launch(
         _top_units_kernel,
         (groups,),
-        (out, values),
-        (size, keep // groups),
-        {"BLOCK": block},
+        (out, values, noise),
+        (size, keep // groups, scale),
+        {"BLOCK": block, "NOISY": noisy},
         num_warps=min(32, max(1, block // 256)),
     )
     return out

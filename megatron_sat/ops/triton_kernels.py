@@ -1,4 +1,5 @@
-"""Triton forms of the gathers, scatters and row reductions. Imported only through `backend`.
+"""Triton forms of the gathers and scatters, and the door to those of all other operations, which
+are in files beside this one. Imported only through `backend`.
 
 Legend: `kept` = k entries of the index, `units` in a block, `unit` rows (or columns) in a unit;
 `columns` is a matrix's length of a row. All matrices are row-major. Offsets into a matrix are
@@ -7,18 +8,19 @@ int64: the gate and up projections of a large model exceed 2^31 elements.
 A scatter writes its whole result in one pass: for each destination it looks the unit up in the
 ascending index by bisection (a dozen cached loads for a whole tile) and writes the value or a
 zero. Zero-filling first would write the kept part twice. Each result element is written by one
-program and each row is reduced by one program in a fixed order, so all of it is deterministic.
+program, so all of it is deterministic.
 """
 
 # Kernel arguments are Triton's pointers and scalars, which have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_sat.ops.launch import launch
+from megatron_sat.ops.launch import cdiv, launch, tile_shape
+from megatron_sat.ops.score_kernel import block_dot, row_dot, row_norm
+from megatron_sat.ops.swiglu_kernel import swiglu_backward, swiglu_forward
 from megatron_sat.ops.topk_kernel import top_units
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "row_norm",
     "scatter_columns",
     "scatter_rows",
+    "swiglu_backward",
+    "swiglu_forward",
     "top_units",
 ]
 
@@ -36,7 +40,6 @@ __all__ = [
 # row tiles hardly matter; larger column tiles take up to twice as long.
 _ROW_TILE = (4096, 1024)
 _COLUMN_TILE = (1024, 256)
-_REDUCE_TILE = (2048, 512)
 
 
 @triton.jit
@@ -167,88 +170,6 @@ def _scatter_columns_kernel(
         tl.store(target, tile, mask=live_row & live_column[None, :])
 
 
-@triton.jit
-def _row_reduce_kernel(
-    out,
-    weight,
-    vector,
-    rows,
-    columns,
-    NORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    live_row = row < rows
-    row_start = weight + row.to(tl.int64)[:, None] * columns
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        live_column = column < columns
-        live = live_row[:, None] & live_column[None, :]
-        tile = tl.load(row_start + column[None, :], mask=live, other=0.0).to(tl.float32)
-        if NORM:
-            total += tile * tile
-        else:
-            factor = tl.load(vector + column, mask=live_column, other=0.0).to(tl.float32)
-            total += tile * factor[None, :]
-    reduced = tl.sum(total, axis=1)
-    if NORM:
-        reduced = tl.sqrt(reduced)
-    tl.store(out + row, reduced, mask=live_row)
-
-
-@triton.jit
-def _block_dot_kernel(
-    out,
-    weight,
-    vector,
-    count,
-    units,
-    columns,
-    unit,
-    sections,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COUNTED: tl.constexpr,
-):
-    """Sums over rows and columns alike, so a program keeps one tile of running sums.
-
-    WHOLE: a program takes one unit of several rows; else BLOCK_ROWS units of one row.
-    """
-    line = tl.arange(0, BLOCK_ROWS)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for section in range(sections):
-        for first in range(0, unit if WHOLE else 1, BLOCK_ROWS):
-            if WHOLE:
-                row = (section * units + tl.program_id(0)).to(tl.int64) * unit + first + line
-                live_row = first + line < unit
-            else:
-                place = tl.program_id(0) * BLOCK_ROWS + line
-                row = section * units.to(tl.int64) + place
-                live_row = place < units
-            for start in range(0, columns, BLOCK_COLUMNS):
-                column = start + tl.arange(0, BLOCK_COLUMNS)
-                live_column = column < columns
-                tile = tl.load(
-                    weight + row[:, None] * columns + column[None, :],
-                    mask=live_row[:, None] & live_column[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                factor = tl.load(vector + column, mask=live_column, other=0.0).to(tl.float32)
-                total += tile * factor[None, :]
-    scale = 1.0 / (sections * unit)
-    if COUNTED:
-        scale /= tl.maximum(tl.load(count), 1.0)
-    per_line = tl.sum(total, axis=1) * scale
-    if WHOLE:
-        tl.store(out + tl.program_id(0), tl.sum(per_line, axis=0))
-    else:
-        place = tl.program_id(0) * BLOCK_ROWS + line
-        tl.store(out + place, per_line, mask=place < units)
-
-
 def gather_rows(weight: Tensor, index: Tensor, *, unit: int, sections: int) -> Tensor:
     """Triton form of `gather_scatter.gather_rows`."""
     weight = weight.contiguous()
@@ -262,11 +183,10 @@ def gather_rows(weight: Tensor, index: Tensor, *, unit: int, sections: int) -> T
     return out
 
 
-def scatter_rows(values: Tensor, index: Tensor, *, rows: int, unit: int, sections: int) -> Tensor:
+def scatter_rows(values: Tensor, index: Tensor, out: Tensor, *, unit: int, sections: int) -> Tensor:
     """Triton form of `gather_scatter.scatter_rows`."""
     values = values.contiguous()
-    columns, kept = values.shape[1], index.numel()
-    out = values.new_empty(rows, columns)
+    kept, (rows, columns) = index.numel(), out.shape
     if out.numel():
         grid, tile = _row_tiles(rows, columns)
         numbers = (rows, columns, kept, _half(kept), rows // (sections * unit), unit)
@@ -298,63 +218,10 @@ def scatter_columns(values: Tensor, index: Tensor, *, columns: int, unit: int) -
     return out
 
 
-def row_dot(weight: Tensor, vector: Tensor) -> Tensor:
-    """Triton form of `score.row_dot`."""
-    return _row_reduce(weight, vector.contiguous(), norm=False)
-
-
-def block_dot(
-    weight: Tensor, vector: Tensor, count: Tensor | None, *, unit: int, sections: int
-) -> Tensor:
-    """Triton form of `score.block_dot`."""
-    weight, vector = weight.contiguous(), vector.contiguous()
-    rows, columns = weight.shape
-    units = rows // (unit * sections)
-    out = torch.empty(units, dtype=torch.float32, device=weight.device)
-    if units:
-        block_rows, block_columns = _tile(columns, _REDUCE_TILE)
-        constants = {
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_COLUMNS": block_columns,
-            "WHOLE": unit > 1,
-            "COUNTED": count is not None,
-        }
-        grid = (units if unit > 1 else triton.cdiv(units, block_rows),)
-        numbers = (units, columns, unit, sections)
-        # Without a count nothing reads its pointer.
-        tensors = (out, weight, vector, out if count is None else count)
-        launch(_block_dot_kernel, grid, tensors, numbers, constants)
-    return out
-
-
-def row_norm(weight: Tensor) -> Tensor:
-    """Triton form of `score.row_norm`."""
-    return _row_reduce(weight, weight, norm=True)
-
-
-def _row_reduce(weight: Tensor, vector: Tensor, *, norm: bool) -> Tensor:
-    weight = weight.contiguous()
-    rows, columns = weight.shape
-    out = torch.empty(rows, dtype=torch.float32, device=weight.device)
-    if rows:
-        block_rows, block_columns = _tile(columns, _REDUCE_TILE)
-        constants = {"NORM": norm, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
-        grid = (triton.cdiv(rows, block_rows),)
-        launch(_row_reduce_kernel, grid, (out, weight, vector), (rows, columns), constants)
-    return out
-
-
-def _tile(columns: int, limits: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a tile over rows of length `columns`, both powers of two."""
-    elements, widest = limits
-    block_columns = min(widest, triton.next_power_of_2(max(1, columns)))
-    return min(elements // block_columns, 64), block_columns
-
-
 def _row_tiles(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid, and tile shape."""
-    block_rows, block_columns = _tile(columns, _ROW_TILE)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
+    block_rows, block_columns = tile_shape(columns, _ROW_TILE)
+    grid = (cdiv(rows, block_rows), cdiv(columns, block_columns))
     return grid, {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
 
 
@@ -364,10 +231,10 @@ def _column_tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, dict[s
     A program keeps its columns and walks down several tiles of rows, so that it looks its
     columns up once; never so many that the grid leaves processors idle.
     """
-    block_rows, block_columns = _tile(columns, _COLUMN_TILE)
-    tiles, across = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)
+    block_rows, block_columns = tile_shape(columns, _COLUMN_TILE)
+    tiles, across = cdiv(rows, block_rows), cdiv(columns, block_columns)
     row_tiles = max(1, min(8, tiles * across // 1024))
-    grid = (triton.cdiv(tiles, row_tiles), across)
+    grid = (cdiv(tiles, row_tiles), across)
     return grid, row_tiles, {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
 
 

@@ -12,6 +12,7 @@ from megatron_sat.ops import column_sliced_linear, linear, row_sliced_linear
 LAYOUTS = {
     "channels": (1, 1, 9, [0, 2, 3, 8]),
     "gate and up": (1, 2, 9, [1, 2, 7]),
+    "almost all of gate and up": (1, 2, 9, [0, 1, 2, 3, 5, 6, 7, 8]),
     "heads": (4, 1, 5, [1, 4]),
     "heads in two sections": (3, 2, 4, [0, 3]),
     "one of one": (4, 1, 1, [0]),

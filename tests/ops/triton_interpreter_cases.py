@@ -1,12 +1,22 @@
 """Triton kernels on CPU tensors. Run by test_triton_kernels.py under TRITON_INTERPRET=1."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_sat.ops import column_sliced_linear, row_sliced_linear, score, triton_kernels
+from megatron_sat.ops import (
+    column_sliced_linear,
+    row_sliced_linear,
+    score,
+    score_kernel,
+    swiglu_kernel,
+    triton_kernels,
+)
 from megatron_sat.ops import gather_scatter as forms
 from megatron_sat.ops.backend import force_backend
+from megatron_sat.ops.swiglu import swiglu
 from megatron_sat.ops.topk import top_units
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -17,8 +27,9 @@ LAYOUTS = [(1, 1, 1, 1), (1, 2, 13, 5), (3, 2, 6, 9), (5, 1, 3, 19)]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles both ways, the last ones partly outside, without large matrices."""
-    for name in ("_ROW_TILE", "_COLUMN_TILE", "_REDUCE_TILE"):
+    for name in ("_ROW_TILE", "_COLUMN_TILE"):
         monkeypatch.setattr(triton_kernels, name, (128, 16))
+    monkeypatch.setattr(score_kernel, "_REDUCE_TILE", (128, 16))
 
 
 def indices(units: int) -> list[Tensor]:
@@ -48,7 +59,7 @@ def test_gathers_and_scatters_equal_the_pytorch_form(
         assert_same(triton_kernels.gather_rows(column_weight, index, **rows), kept)
         size = len(column_weight)
         assert_same(
-            triton_kernels.scatter_rows(kept, index, rows=size, **rows),
+            triton_kernels.scatter_rows(kept, index, torch.empty_like(column_weight), **rows),
             forms.scatter_rows(kept, index, rows=size, **rows),
         )
         kept = forms.gather_columns(row_weight, index, unit=unit)
@@ -78,7 +89,9 @@ def test_operands_need_not_be_contiguous() -> None:
     weight, index = torch.randn(6, 8).t(), torch.tensor([1, 2])
     kept = weight[2:6]
     assert_same(triton_kernels.gather_rows(weight, index, unit=2, sections=1), kept)
-    whole = triton_kernels.scatter_rows(kept, index, rows=8, unit=2, sections=1)
+    out = torch.empty(8, 6)
+    whole = triton_kernels.scatter_rows(kept, index, out, unit=2, sections=1)
+    assert whole is out
     assert_same(whole, forms.scatter_rows(kept, index, rows=8, unit=2))
     kept = weight[:, 2:6]
     assert_same(triton_kernels.gather_columns(weight, index, unit=2), kept)
@@ -144,11 +157,16 @@ def test_top_units_equals_the_pytorch_form(size: int, groups: int) -> None:
             actual = top_with("triton", values, keep, groups)
             assert actual.dtype == torch.int64
             assert actual.tolist() == top_with("torch", values, keep, groups).tolist()
+    noise = torch.randn(groups * size, generator=generator)
+    for keep in {1, size // 2} - {0}:
+        actual = top_with("triton", drawn, keep, groups, noise=noise, scale=8.0)
+        expected = top_with("torch", drawn.double() * 8 + noise.double(), keep, groups)
+        assert actual.tolist() == expected.tolist()
 
 
-def top_with(form: str, values: Tensor, keep: int, groups: int) -> Tensor:
+def top_with(form: str, values: Tensor, keep: int, groups: int, **noise: Any) -> Tensor:
     with force_backend(form):  # type: ignore[arg-type]
-        return top_units(values, keep * groups, groups=groups)
+        return top_units(values, keep * groups, groups=groups, **noise)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,3 +184,22 @@ def test_block_dot_equals_the_pytorch_form(
                 actual = score.block_dot(weight, vector, count, unit=unit, sections=sections)
             assert actual.dtype == torch.float32
             torch.testing.assert_close(actual.double(), sums / divisor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 2, 26), (5, 2), (4, 0)])
+def test_swiglu_equals_the_pytorch_form(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swiglu_kernel, "_BLOCK", 8)
+    x = torch.randn(shape).to(dtype)
+    dy = torch.randn(*shape[:-1], shape[-1] // 2).to(dtype)
+    results = []
+    for form in ("triton", "torch"):
+        with force_backend(form):  # type: ignore[arg-type]
+            leaf = x.clone().requires_grad_()
+            y = swiglu(leaf)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, dy)))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected)
