@@ -169,8 +169,8 @@ def add_sat_arguments(parser: argparse.ArgumentParser) -> None:
     default = {field.name: field.default for field in fields(SATConfig)}
     group = parser.add_argument_group(
         "sparsity-accelerated training",
-        "Symbols are those of the paper (arXiv 2406.01392, section 2.2). All others need "
-        "--sat-omission-rate.",
+        "Symbols are those of the paper (arXiv 2406.01392, section 2.2). Without "
+        "--sat-omission-rate training is dense and the others are refused.",
     )
     group.add_argument(
         "--sat-omission-rate",

@@ -1,11 +1,13 @@
 import json
 import os
+import re
 from dataclasses import fields
 
 import pytest
 
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.flags import build_parser
 from megatron_sat.training.validation import (
     check_paths,
     check_sat_layout,
@@ -118,6 +120,24 @@ def test_tensorboard_is_beside_the_checkpoints():
     assert parse("--save out").logging.tensorboard_dir == os.path.join("out", "tensorboard")
     assert parse("--save out --tensorboard-dir elsewhere").logging.tensorboard_dir == "elsewhere"
     assert parse().logging.tensorboard_dir is None
+
+
+def test_help_tells_every_default():
+    entries = re.split(r"\n  (?=--)", build_parser().format_help().replace("-\n", "-"))[1:]
+    shown = {entry.split()[0].strip(","): " ".join(entry.split()) for entry in entries}
+    assert len(shown) > 90
+    for flag, text in shown.items():
+        assert re.search(r"default: .+\)|default with --load-hf: |\((one .*)?required", text), flag
+    for flag, default in {
+        "--seed": "1234",
+        "--num-workers": "2",
+        "--eval-interval": "1000",
+        "--weight-decay": "0.01",
+        "--sat-temperature": "0.05",
+        "--sat-metric": "maxip",
+        "--sequence-parallel": "off",
+    }.items():
+        assert shown[flag].endswith(f"(default: {default})")
 
 
 def test_what_launchers_pass_is_accepted():
