@@ -230,7 +230,7 @@ GQA = "--num-query-groups 2 "
             r"exclude each other",
         ),
         ("--attention-dropout 0.1", r"--attention-dropout is 0.1; valid: 0"),
-        ("--train-data-path x", r"either --data-path or --train-data-path"),
+        ("--train-data-path x", r"one of --data-path, --data-args-path and --train-data-"),
         ("--split a,b", r"--split is 'a,b'"),
         ("--split 0,1,1", r"--split is '0,1,1'"),
         ("--split 9,1 --valid-data-path x", r'already makes the validation set "valid"'),

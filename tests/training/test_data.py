@@ -413,9 +413,26 @@ def test_data_that_cannot_serve_are_refused(data: Path) -> None:
         ValueError, match=r"a has 0 tokens in its validation share \(0 of 30 documents, --split"
     ):
         build(data_path=(a,), split="999,1,0")
+    with pytest.raises(ValueError, match=rf"^--data-args-path list.txt: {a} has 0 tokens"):
+        build(data_path=(a,), split="999,1,0", data_args_path="list.txt")
     (data / "file").touch()
     with pytest.raises(ValueError, match=r"--data-cache-path: .*file/.*cannot be written"):
         build(train_data_path=(a,), data_cache_path=str(data / "file"))
+
+
+def test_a_split_that_would_fit_is_named(data: Path) -> None:
+    """The smallest validation share: of the 30 documents, 5 percent are the last two."""
+    lengths = [SEQ] * 28 + [SEQ // 2, SEQ]
+    for name, last in (("two", lengths), ("five", [SEQ] * 25 + [4] * 5)):
+        write(data / name, numbered(last))
+    for names, split in (("two", "95,5,0"), ("five", "80,20,0"), ("two five", "80,20,0")):
+        blend = tuple(str(data / name) for name in names.split())
+        with pytest.raises(ValueError, match=f"--split 969,30,1.*; --split {split} would fit$"):
+            build(data_path=blend, split="969,30,1")
+        build(data_path=blend, split=split)
+    single = write(data / "single", numbered([1000]))
+    with pytest.raises(ValueError, match=r"; no split would fit: .* --valid-data NAME=PREFIX"):
+        build(data_path=(single,), split="969,30,1")
 
 
 def _read_on_a_rank(options: dict[str, Any]) -> tuple[list[int], list[int]]:

@@ -96,6 +96,15 @@ def test_data_sets_without_tokens_are_refused(tmp_path: Path) -> None:
         inspect(f"{prefix}.bin", flag=FLAG)
 
 
+def test_a_prefix_without_what_the_tokenizing_tool_adds(tmp_path: Path) -> None:
+    for name in ("a[1]_text_document", "a[1]_title_document", "a1_text_document"):
+        write(tmp_path / name, DOCUMENTS)
+    with pytest.raises(ValueError, match="does not exist") as error:
+        inspect(f"{tmp_path}/a[1]", flag=FLAG)
+    meant = f"{tmp_path}/a[1]_text_document or {tmp_path}/a[1]_title_document"
+    assert str(error.value) == f"{FLAG}: {tmp_path}/a[1].idx does not exist; is it {meant}?"
+
+
 def test_foreign_token_ids_are_found(tmp_path: Path) -> None:
     data = inspect(write(tmp_path / "a", DOCUMENTS), flag=FLAG)
     with pytest.raises(ValueError, match=r"a\.bin holds token id 11 at token 10, .* has 11 ids"):
