@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from megatron_sat.training.metrics import EvalRecord, TrainRecord
 
+_WIDTH_FOR_DETAILS = 120
+
 
 class RemainingTime:
     """How long a run will still take.
@@ -62,6 +64,23 @@ def format_duration(seconds: float) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     return f"{f'{days}d ' if days else ''}{hour}:{minute:02}:{second:02}"
+
+
+def omission(record: TrainRecord, *, digits: int) -> str:
+    """The schedule's rate, and what ran where rounding made it another: `0.300 (ran 0.281 mlp)`,
+    or `(ran 0.281)` for all."""
+
+    def shown(rate: float) -> str:
+        return f"{rate:.{digits}f}"
+
+    scheduled = shown(record.omission_rate)
+    ran = {name: shown(rate) for name, rate in record.effective_omission_rate.items()}
+    if set(ran.values()) == {scheduled}:
+        return scheduled
+    if len(set(ran.values())) == 1:
+        return f"{scheduled} (ran {next(iter(ran.values()))})"
+    others = [f"{rate} {name}" for name, rate in ran.items() if rate != scheduled]
+    return f"{scheduled} (ran {', '.join(others)})"
 
 
 def evaluation_table(
@@ -153,7 +172,7 @@ class PlainDisplay(_RankZeroDisplay):
             f"learning rate: {record.lr:.6E}",
             f"loss: {record.loss:.6E}",
             f"grad norm: {grad_norm}",
-            f"omission rate: {record.omission_rate:.3f}",
+            f"omission rate: {omission(record, digits=3)}",
             f"skipped: {record.skipped_steps}",
             f"ETA {self._eta(record)}",
         ]
@@ -199,8 +218,11 @@ class BarDisplay(_RankZeroDisplay):
         self._progress.update(self._task, completed=iteration)
 
     def log_train(self, record: TrainRecord) -> None:
+        omitted = f"{record.omission_rate:.2f}"
+        if self._console.width >= _WIDTH_FOR_DETAILS:
+            omitted = omission(record, digits=2)
         status = (
-            f"loss [bold]{record.loss:.4f}[/] omitted [bold]{record.omission_rate:.2f}[/] "
+            f"loss [bold]{record.loss:.4f}[/] omitted [bold]{omitted}[/] "
             f"[bold]{_short(record.tokens_per_second)}[/] tokens/s "
             f"[bold]{record.tflops_per_gpu:.3g}[/] TFLOP/s ETA [bold]{self._eta(record)}[/]"
         )

@@ -23,7 +23,7 @@ def train_record(iteration: int, **changes) -> TrainRecord:
         "lr": 1.5e-4,
         "grad_norm": 1.25,
         "omission_rate": 0.4,
-        "effective_omission_rate": {"attention": 0.4, "mlp": 0.39},
+        "effective_omission_rate": {"attention": 0.4, "mlp": 0.4},
         "tokens": 4096 * iteration,
         "tokens_per_second": 46412.0,
         "step_time_ms": 2000.0,
@@ -91,6 +91,32 @@ def test_a_terminal_gets_a_bar_that_stays_below_everything_else(width):
     assert "saved [a] checkpoint\n" in shown and "saved" not in last
     assert "   old" in shown and "old" not in last
     assert shown.endswith("\x1b[?25h"), "the cursor must be given back"
+
+
+RATES = [
+    ({"attention": 0.4, "mlp": 0.4004}, "0.400", "0.40"),
+    ({"attention": 0.375, "mlp": 0.375}, "0.400 (ran 0.375)", "0.40 (ran 0.38)"),
+    ({"attention": 0.4, "mlp": 0.391}, "0.400 (ran 0.391 mlp)", "0.40 (ran 0.39 mlp)"),
+    (
+        {"attention": 0.25, "mlp": 0.391},
+        "0.400 (ran 0.250 attention, 0.391 mlp)",
+        "0.40 (ran 0.25 attention, 0.39 mlp)",
+    ),
+]
+
+
+@pytest.mark.parametrize("ran, line, bar", RATES, ids=[line for _, line, _ in RATES])
+def test_the_rate_as_it_ran_is_shown_where_it_differs(ran, line, bar):
+    log, out = console(terminal=False)
+    record = train_record(1500, effective_omission_rate=ran)
+    open_display(total_iterations=3000, console=log).log_train(record)
+    assert f"| omission rate: {line} |" in out.getvalue()
+    for width, expected in ((120, bar), (80, "0.40")):
+        terminal, out = console(terminal=True, width=width)
+        with open_display(total_iterations=3000, console=terminal) as display:
+            display.log_train(record)
+        last = out.getvalue().split("\x1b[2K")[-1]
+        assert f" omitted {expected} 46.4k tokens/s 402 TFLOP/s ETA" in last and "━" in last
 
 
 def test_a_dumb_terminal_and_a_file_get_plain_lines(monkeypatch):
