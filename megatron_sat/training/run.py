@@ -118,7 +118,6 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             total_iterations=config.train_iters,
             start_iteration=progress.iteration,
             step_work=step_work,
-            first_validation_losses=sinks.first_validation_losses,
         )
     with display:
         display.message(_describe(config, state, engine, stored, progress))

@@ -81,7 +81,7 @@ def test_a_terminal_gets_a_bar_that_stays_below_everything_else(width):
         assert "1000/3000" in out.getvalue()
         display.log_train(train_record(1200))
         display.message("saved [a] checkpoint")
-        display.log_eval([eval_record(1200, "old", 1.0)])
+        display.log_eval([eval_record(1200, "old", 1.0)], first_losses={})
         display.step(1201)
     shown = out.getvalue()
     last = shown.split("\x1b[2K")[-1]
@@ -133,15 +133,11 @@ def test_a_dumb_terminal_and_a_file_get_plain_lines(monkeypatch):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_evaluations_are_a_table_with_the_change_since_the_first(terminal):
     made, out = console(terminal=terminal)
-    with open_display(
-        total_iterations=300,
-        console=made,
-        first_validation_losses={"a long name": 1.5},
-    ) as display:
-        display.log_eval([eval_record(0, "new", math.nan)])
-        display.log_eval([eval_record(100, "new", 3.0), eval_record(100, "a long name", 1.0)])
-        out.truncate(0)
-        display.log_eval([eval_record(200, "new", 2.0), eval_record(200, "a long name", 1.75)])
+    with open_display(total_iterations=300, console=made) as display:
+        display.log_eval(
+            [eval_record(200, "new", 2.0), eval_record(200, "a long name", 1.75)],
+            first_losses={"a long name": 1.5, "new": 3.0},
+        )
     rows = [line.split() for line in out.getvalue().splitlines() if line.startswith("   ")]
     assert rows == [
         ["data", "set", "loss", "perplexity", "since", "first"],
@@ -155,7 +151,7 @@ def test_ranks_above_0_show_nothing(capsys):
     with Display() as display:
         display.step(1)
         display.log_train(train_record(1))
-        display.log_eval([eval_record(1, "new", 1.0)])
+        display.log_eval([eval_record(1, "new", 1.0)], first_losses={})
         display.message("text")
     assert capsys.readouterr() == ("", "")
 
