@@ -162,16 +162,19 @@ class SATConfig:
 
 
 def add_sat_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the --sat-* flags, one for each field of `SATConfig`, as a group of their own."""
+    """Adds the --sat-* flags, one for each field of `SATConfig`, as a group of their own.
+
+    Each is None until it is given, for `sat_config_from_args` to resolve.
+    """
     default = {field.name: field.default for field in fields(SATConfig)}
     group = parser.add_argument_group(
         "sparsity-accelerated training",
-        "Symbols are those of the paper (arXiv 2406.01392, section 2.2).",
+        "Symbols are those of the paper (arXiv 2406.01392, section 2.2). Without "
+        "--sat-omission-rate training is dense and the others are refused.",
     )
     group.add_argument(
         "--sat-omission-rate",
         type=float,
-        default=0.0,
         metavar="R",
         help="omission rate r, in [0, 1): share of attention heads and MLP channels left out up "
         "to step eta (default: 0, dense training)",
@@ -192,42 +195,37 @@ def add_sat_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sat-schedule",
         choices=SCHEDULES,
-        default=default["schedule"],
-        help="how the rate falls after eta (default: %(default)s, equation 11)",
+        help=f"how the rate falls after eta (default: {default['schedule']}, equation 11)",
     )
     group.add_argument(
         "--sat-ladder-rungs",
         type=int,
-        default=default["ladder_rungs"],
         metavar="L",
-        help="number of rungs L of the ladder; the last is dense (default: %(default)s)",
+        help="number of rungs L of the ladder; the last is dense "
+        f"(default: {default['ladder_rungs']})",
     )
     group.add_argument(
         "--sat-metric",
         choices=METRICS,
-        default=default["metric"],
-        help="importance s of a neuron, equation 5 (default: %(default)s)",
+        help=f"importance s of a neuron, equation 5 (default: {default['metric']})",
     )
     group.add_argument(
         "--sat-selection",
         choices=SELECTIONS,
-        default=default["selection"],
         help="how neurons are chosen by importance: sampling is equation 8, static ranks once "
-        "and keeps to it (default: %(default)s)",
+        f"and keeps to it (default: {default['selection']})",
     )
     group.add_argument(
         "--sat-temperature",
         type=float,
-        default=default["temperature"],
         metavar="TAU",
-        help="temperature tau of the sampling, above 0 (default: %(default)s)",
+        help=f"temperature tau of the sampling, above 0 (default: {default['temperature']})",
     )
     group.add_argument(
         "--sat-modules",
         nargs="+",
         choices=MODULES,
-        default=list(MODULES),
-        help="where neurons are left out (default: attention mlp)",
+        help=f"where neurons are left out (default: {' '.join(MODULES)})",
     )
     group.add_argument(
         "--sat-selection-groups",
@@ -239,50 +237,58 @@ def add_sat_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sat-channel-multiple",
         type=int,
-        default=default["channel_multiple"],
         metavar="N",
         help="kept channels of a group are a multiple of N; 1 with one selection group gives the "
-        "paper's counts, floor(n (1 - r)), which can be slower than dense (default: %(default)s)",
+        "paper's counts, floor(n (1 - r)), which can be slower than dense "
+        f"(default: {default['channel_multiple']})",
     )
     group.add_argument(
         "--sat-scope",
         choices=SCOPES,
-        default=default["scope"],
         help="how long a subset lasts: all micro-batches of a step, the paper's iteration, or "
-        "one (default: %(default)s)",
+        f"one (default: {default['scope']})",
     )
     group.add_argument(
         "--sat-seed",
         type=int,
-        default=default["seed"],
         metavar="N",
-        help="seed of the sampling (default: %(default)s)",
+        help=f"seed of the sampling (default: {default['seed']})",
     )
 
 
 def sat_config_from_args(args: argparse.Namespace) -> SATConfig | None:
-    """The config that parsed flags ask for, or None for dense training (rate 0).
+    """The config that parsed flags ask for, or None for dense training (rate 0, or not given).
 
     `args` holds what `add_sat_arguments` adds, and `train_iters`, the default for T. The default
     for eta is two thirds of T, rounded down. `selection_groups` stays None where its flag is not
     given: the tensor-parallel size takes its place later.
 
     Raises:
-        ValueError: names the flag, the value and what would be valid.
+        ValueError: names the flag, the value and what would be valid; so does another of these
+            flags without `--sat-omission-rate`, which would have no effect.
     """
-    total_steps = args.train_iters if args.sat_total_steps is None else args.sat_total_steps
-    if total_steps is None:
-        if args.sat_omission_rate == 0:
-            return None
-        raise ValueError(
-            "--sat-omission-rate needs the number of steps: give --sat-total-steps or --train-iters"
-        )
-    decay_start_step = args.sat_decay_start_step
-    if decay_start_step is None:
-        decay_start_step = max(0, 2 * total_steps // 3)
-    values = {field.name: getattr(args, "sat_" + field.name) for field in fields(SATConfig)}
-    config = SATConfig(
-        **values | {"total_steps": total_steps, "decay_start_step": decay_start_step}
-    )
+    given = {
+        field.name: value
+        for field in fields(SATConfig)
+        if (value := getattr(args, "sat_" + field.name)) is not None
+    }
+    if "omission_rate" not in given:
+        if given:
+            raise ValueError(
+                f"--sat-omission-rate is needed with {', '.join(map(_flag, given))}: without it "
+                "training is dense; give 0 if that is meant"
+            )
+        return None
+    if "total_steps" not in given:
+        if args.train_iters is None:
+            if given["omission_rate"] == 0:
+                return None
+            raise ValueError(
+                "--sat-omission-rate needs the number of steps: give --sat-total-steps or "
+                "--train-iters"
+            )
+        given["total_steps"] = args.train_iters
+    given.setdefault("decay_start_step", max(0, 2 * given["total_steps"] // 3))
+    config = SATConfig(**given)
     # Checked at rate 0 as well: a flag that makes no sense is a mistake in dense training too.
     return config if config.omission_rate > 0 else None

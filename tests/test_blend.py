@@ -47,7 +47,7 @@ def test_the_trainer_reads_what_is_written(tmp_path: Path, corpora: list[str]) -
     data = parse_args(argv, world_size=1).data
     assert list(data.data_path[1::2]) == corpora
     assert [float(w) for w in data.data_path[::2]] == pytest.approx([row.share for row in rows])
-    assert data.split == "1,0,0"
+    assert data.split == "1,0,0" and data.data_path_flag == f"--data-args-path {path}"
     with pytest.raises(ValueError, match="either --data-path or --data-args-path"):
         parse_args([*argv, "--data-path", corpora[0]], world_size=1)
     argv[i + 1] = str(tmp_path / "absent")

@@ -151,6 +151,15 @@ def test_every_field_has_its_flag():
     assert {n: str(v) for n, v in parsed.items()} == given | {"modules": "['mlp']"}
 
 
+def test_a_flag_that_would_have_no_effect_is_refused():
+    for flags in (["--sat-metric", "maxip"], ["--sat-seed", "0"], ["--sat-modules", "mlp"]):
+        with pytest.raises(ValueError, match=f"--sat-omission-rate is needed with {flags[0]}"):
+            parse(*flags)
+        assert parse(*flags, "--sat-omission-rate", "0") is None
+    with pytest.raises(ValueError, match="--sat-total-steps, --sat-scope: without it"):
+        parse("--sat-scope", "step", "--sat-total-steps", "9")
+
+
 def test_both_modules_from_the_command_line():
     config = parse("--sat-omission-rate", "0.5", "--sat-modules", "mlp", "attention")
     assert config.modules == ("attention", "mlp")

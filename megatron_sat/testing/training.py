@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from megatron_sat.testing.data import write_documents
 from megatron_sat.testing.ranks import run_on_ranks
 
 TINY_VOCABULARY = 128
@@ -27,16 +27,13 @@ def write_indexed_data(prefix: Path, *, documents: int = 120, seed: int = 1) -> 
     Returns:
         ``prefix``.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     random = np.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    written = []
     for _ in range(documents):
         length = int(random.integers(20, 101))
         tokens = random.integers(0, 100) + np.cumsum(random.integers(1, 4, size=length))
-        tokens = np.append(tokens % (TINY_VOCABULARY - 1), TINY_VOCABULARY - 1)
-        builder.add_document(torch.from_numpy(tokens), [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
+        written.append(np.append(tokens % (TINY_VOCABULARY - 1), TINY_VOCABULARY - 1))
+    write_documents(prefix, written, np.uint16)
     return prefix
 
 

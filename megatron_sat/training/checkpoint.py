@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Progress:
     """Tokens trained on, all ranks."""
     skipped_steps: int = 0
     """Steps without an update."""
+    first_validation_losses: Mapping[str, float] = field(default_factory=dict)
+    """Of each validation set: its first loss that was finite."""
 
 
 @dataclass(frozen=True, kw_only=True)

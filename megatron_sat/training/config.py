@@ -153,6 +153,8 @@ class DataConfig:
     data_path: tuple[str, ...] = ()
     """Blend that `split` divides into training, validation and test; empty when
     `train_data_path` is given."""
+    data_args_path: str | None = None
+    """File that `data_path` was read from."""
     split: str | None = None
     """Shares of `data_path`, as "969,30,1"."""
     train_data_path: tuple[str, ...] = ()
@@ -175,6 +177,13 @@ class DataConfig:
     """No attention across the end of a document."""
     eod_mask_loss: bool = False
     """No loss on what follows an end-of-document token (on predicting from it)."""
+
+    @property
+    def data_path_flag(self) -> str:
+        """Where `data_path` comes from, for messages."""
+        if self.data_args_path is None:
+            return "--data-path"
+        return f"--data-args-path {self.data_args_path}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,12 +157,12 @@ def _checked_sources(config: TrainingConfig, tokenizer: Tokenizer) -> dict[str, 
     else:
         assert data.split is not None  # the arguments give it a default
         shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(data.split))
-        train = source(data.data_path, "--data-path", Split.train, shares[Split.train.value])
+        train = source(data.data_path, data.data_path_flag, Split.train, shares[Split.train.value])
         valid_share = shares[Split.valid.value]
     sources = {"": train}
     if config.eval_iters > 0:
         if valid_share is not None:
-            sources["valid"] = source(data.data_path, "--data-path", Split.valid, valid_share)
+            sources["valid"] = source(data.data_path, data.data_path_flag, Split.valid, valid_share)
         for name, blend in data.valid_data.items():
             flag = "--valid-data-path" if name == "valid" else f"--valid-data {name}"
             sources[name] = source(blend, flag, Split.valid, _WHOLE)
@@ -176,17 +176,31 @@ def _check_size(source: _Source, config: TrainingConfig) -> None:
     for part in source.parts:
         tokens = part.tokens(source.share)
         if tokens < needed:
-            where = ""
+            where, advice = "", ""
             if source.share != _WHOLE:
                 kind = "training" if source.split is Split.train else "validation"
                 where = (
                     f" in its {kind} share ({len(part.documents(source.share))} of "
                     f"{len(part.lengths)} documents, --split {config.data.split})"
                 )
+                advice = _advice_on_split(source.parts, needed)
             raise ValueError(
                 f"{source.flag}: {part.prefix} has {tokens} tokens{where}; one sample of "
-                f"--seq-length {config.model.seq_length} needs {needed}"
+                f"--seq-length {config.model.seq_length} needs {needed}{advice}"
             )
+
+
+def _advice_on_split(parts: tuple[IndexedData, ...], needed: int) -> str:
+    """The `--split` with the smallest validation share of which both shares hold a sample."""
+    for share in (1, 2, 5, 10, 20, 30, 40, 50):
+        split = f"{100 - share},{share},0"
+        train, valid, _ = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+        if all(part.tokens(train) >= needed <= part.tokens(valid) for part in parts):
+            return f"; --split {split} would fit"
+    return (
+        "; no split would fit: give validation data of its own with --valid-data NAME=PREFIX, and "
+        "no --split"
+    )
 
 
 def _gpt_config(

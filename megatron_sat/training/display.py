@@ -5,7 +5,6 @@ from the records of `metrics`, so that what is shown is what is logged.
 """
 
 import itertools
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from megatron_sat.training.metrics import EvalRecord, TrainRecord
+
+_WIDTH_FOR_DETAILS = 120
 
 
 class RemainingTime:
@@ -64,6 +65,23 @@ def format_duration(seconds: float) -> str:
     return f"{f'{days}d ' if days else ''}{hour}:{minute:02}:{second:02}"
 
 
+def omission(record: TrainRecord, *, digits: int) -> str:
+    """The schedule's rate, and what ran where rounding made it another: `0.300 (ran 0.281 mlp)`,
+    or `(ran 0.281)` for all."""
+
+    def shown(rate: float) -> str:
+        return f"{rate:.{digits}f}"
+
+    scheduled = shown(record.omission_rate)
+    ran = {name: shown(rate) for name, rate in record.effective_omission_rate.items()}
+    if set(ran.values()) == {scheduled}:
+        return scheduled
+    if len(set(ran.values())) == 1:
+        return f"{scheduled} (ran {next(iter(ran.values()))})"
+    others = [f"{rate} {name}" for name, rate in ran.items() if rate != scheduled]
+    return f"{scheduled} (ran {', '.join(others)})"
+
+
 def evaluation_table(
     records: Sequence[EvalRecord], *, first_losses: Mapping[str, float], total_iterations: int
 ) -> str:
@@ -92,8 +110,9 @@ class Display:
     def log_train(self, record: TrainRecord) -> None:
         """Show one log interval."""
 
-    def log_eval(self, records: Sequence[EvalRecord]) -> None:
-        """Show one evaluation: the records of all data sets of one iteration."""
+    def log_eval(self, records: Sequence[EvalRecord], *, first_losses: Mapping[str, float]) -> None:
+        """Show one evaluation, the records of all data sets of one iteration, beside each set's
+        first finite loss in this run."""
 
     def message(self, text: str) -> None:
         """Show a line of another kind."""
@@ -109,7 +128,7 @@ class Display:
 
 
 class _RankZeroDisplay(Display):
-    """What both forms share: the remaining time, and the first validation losses."""
+    """What both forms share: the remaining time, and the table of evaluations."""
 
     def __init__(
         self,
@@ -117,23 +136,18 @@ class _RankZeroDisplay(Display):
         *,
         total_iterations: int,
         remaining_time: RemainingTime,
-        first_validation_losses: Mapping[str, float],
     ) -> None:
         self._console = console
         self._total = total_iterations
         self._remaining_time = remaining_time
-        self._first_losses = dict(first_validation_losses)
 
     def _eta(self, record: TrainRecord) -> str:
         seconds = self._remaining_time.seconds(record.iteration, step_time_ms=record.step_time_ms)
         return format_duration(seconds)
 
-    def log_eval(self, records: Sequence[EvalRecord]) -> None:
-        for record in records:
-            if math.isfinite(record.validation_loss):
-                self._first_losses.setdefault(record.dataset, record.validation_loss)
+    def log_eval(self, records: Sequence[EvalRecord], *, first_losses: Mapping[str, float]) -> None:
         self.message(
-            evaluation_table(records, first_losses=self._first_losses, total_iterations=self._total)
+            evaluation_table(records, first_losses=first_losses, total_iterations=self._total)
         )
 
 
@@ -153,7 +167,7 @@ class PlainDisplay(_RankZeroDisplay):
             f"learning rate: {record.lr:.6E}",
             f"loss: {record.loss:.6E}",
             f"grad norm: {grad_norm}",
-            f"omission rate: {record.omission_rate:.3f}",
+            f"omission rate: {omission(record, digits=3)}",
             f"skipped: {record.skipped_steps}",
             f"ETA {self._eta(record)}",
         ]
@@ -174,14 +188,8 @@ class BarDisplay(_RankZeroDisplay):
         total_iterations: int,
         start_iteration: int,
         remaining_time: RemainingTime,
-        first_validation_losses: Mapping[str, float],
     ) -> None:
-        super().__init__(
-            console,
-            total_iterations=total_iterations,
-            remaining_time=remaining_time,
-            first_validation_losses=first_validation_losses,
-        )
+        super().__init__(console, total_iterations=total_iterations, remaining_time=remaining_time)
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -199,8 +207,11 @@ class BarDisplay(_RankZeroDisplay):
         self._progress.update(self._task, completed=iteration)
 
     def log_train(self, record: TrainRecord) -> None:
+        omitted = f"{record.omission_rate:.2f}"
+        if self._console.width >= _WIDTH_FOR_DETAILS:
+            omitted = omission(record, digits=2)
         status = (
-            f"loss [bold]{record.loss:.4f}[/] omitted [bold]{record.omission_rate:.2f}[/] "
+            f"loss [bold]{record.loss:.4f}[/] omitted [bold]{omitted}[/] "
             f"[bold]{_short(record.tokens_per_second)}[/] tokens/s "
             f"[bold]{record.tflops_per_gpu:.3g}[/] TFLOP/s ETA [bold]{self._eta(record)}[/]"
         )
@@ -226,32 +237,23 @@ def open_display(
     total_iterations: int,
     start_iteration: int = 0,
     step_work: Callable[[int], float] | None = None,
-    first_validation_losses: Mapping[str, float] | None = None,
     console: Console | None = None,
 ) -> Display:
     """The display of rank 0: a bar where standard output is a terminal, plain lines elsewhere.
 
     `step_work(step)` is the relative cost of steps 1..`total_iterations` (default: all alike), for
-    the remaining time. `first_validation_losses` are those of the stretch before a resume
-    (`MetricsSinks.first_validation_losses`).
+    the remaining time.
     """
     if console is None:
         # Asked of the stream itself: variables such as FORCE_COLOR make rich take a log file in a
         # batch system for a terminal.
         console = Console(force_terminal=sys.stdout.isatty())
     remaining_time = RemainingTime(total_iterations=total_iterations, step_work=step_work)
-    losses = first_validation_losses or {}
     if console.is_terminal and not console.is_dumb_terminal:
         return BarDisplay(
             console,
             total_iterations=total_iterations,
             start_iteration=start_iteration,
             remaining_time=remaining_time,
-            first_validation_losses=losses,
         )
-    return PlainDisplay(
-        console,
-        total_iterations=total_iterations,
-        remaining_time=remaining_time,
-        first_validation_losses=losses,
-    )
+    return PlainDisplay(console, total_iterations=total_iterations, remaining_time=remaining_time)

@@ -10,6 +10,7 @@ code, number of sequences S, number of documents + 1 D, then int32 lengths [S], 
 
 import struct
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,7 @@ def inspect(prefix: str, *, flag: str) -> IndexedData:
     idx, bin_ = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
     for path in (idx, bin_):
         if not path.is_file():
-            hint = ""
-            if prefix.endswith((".bin", ".idx")):
-                hint = f"; give the prefix without {prefix[-4:]}"
-            raise ValueError(f"{flag}: {path} does not exist{hint}")
+            raise ValueError(f"{flag}: {path} does not exist{_hint(prefix)}")
     try:
         with idx.open("rb") as stream:
             header = stream.read(_HEADER.size)
@@ -97,6 +95,17 @@ def inspect(prefix: str, *, flag: str) -> IndexedData:
     if expected == 0:
         raise ValueError(f"{flag}: {bin_} holds no tokens")
     return IndexedData(prefix=prefix, dtype=dtype, lengths=lengths)
+
+
+def _hint(prefix: str) -> str:
+    """What the prefix should have been, where files of such a name are there."""
+    if prefix.endswith((".bin", ".idx")):
+        return f"; give the prefix without {prefix[-4:]}"
+    # tools/preprocess_data.py adds the key of the text and the level to --output-prefix.
+    written = sorted(Path(prefix).parent.glob(f"{escape(Path(prefix).name)}_*_document.idx"))
+    if not written:
+        return ""
+    return "; is it " + " or ".join(str(path)[: -len(".idx")] for path in written) + "?"
 
 
 def check_token_ids(data: IndexedData, *, vocab_size: int, flag: str) -> None:

@@ -55,6 +55,7 @@ class Trainer:
         self.display = display
         self.iteration = progress.iteration
         self.consumed_samples = progress.consumed_samples
+        self._first_validation_losses = dict(progress.first_validation_losses)
         self._device = engine.device
         self._data_parallel_group = parallel_state.get_data_parallel_group()
         self._shape = model_shape(config, padded_vocab_size)
@@ -183,8 +184,10 @@ class Trainer:
         ]
         self.engine.train()
         for record in records:
+            if math.isfinite(record.validation_loss):
+                self._first_validation_losses.setdefault(record.dataset, record.validation_loss)
             self.sinks.log_eval(record)
-        self.display.log_eval(records)
+        self.display.log_eval(records, first_losses=self._first_validation_losses)
 
     @torch.no_grad()
     def _mean_loss(self, dataset: Dataset) -> float:
@@ -243,6 +246,7 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             consumed_tokens=self._meter.tokens,
             skipped_steps=self._meter.skipped_steps,
+            first_validation_losses=self._first_validation_losses,
         )
 
     def _train_batches(self) -> Iterator[Batch]:

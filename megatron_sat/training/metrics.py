@@ -185,11 +185,6 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self.first_validation_losses: dict[str, float] = {}
-        """Of each data set that was evaluated before `start_iteration`: its first finite loss."""
-        for line in kept:
-            if line.get("kind") == "eval" and line.get("validation_loss") is not None:
-                self.first_validation_losses.setdefault(line["dataset"], line["validation_loss"])
         self._path = path
 
     def log(self, record: Record) -> None:
@@ -257,15 +252,8 @@ class WandbSink:
 class MetricsSinks:
     """All places that records go to. Without sinks it does nothing: what ranks above 0 hold."""
 
-    def __init__(
-        self,
-        sinks: Sequence[Sink],
-        *,
-        first_validation_losses: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
-        self.first_validation_losses = dict(first_validation_losses or {})
-        """`MetricsWriter.first_validation_losses`, for the display's "change since"."""
 
     def log_train(self, record: TrainRecord) -> None:
         """Hand one log interval to every sink."""
@@ -307,7 +295,6 @@ def open_sinks(
             with _blame(flag, folder):
                 Path(folder).mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = []
-    first_losses: Mapping[str, float] = {}
     if project is not None:
         # First: a login that fails must not cost the lines of an earlier run.
         name = logging.wandb_exp_name
@@ -317,10 +304,9 @@ def open_sinks(
             sinks.append(TensorBoardSink(tensorboard, start_iteration=start_iteration))
     if save is not None:
         with _blame("--save", save):
-            writer = MetricsWriter(Path(save) / METRICS_FILE, start_iteration=start_iteration)
-        first_losses = writer.first_validation_losses
-        sinks.append(writer)
-    return MetricsSinks(sinks, first_validation_losses=first_losses)
+            path = Path(save) / METRICS_FILE
+            sinks.append(MetricsWriter(path, start_iteration=start_iteration))
+    return MetricsSinks(sinks)
 
 
 def _open_wandb(project: str, **options: Any) -> WandbSink:

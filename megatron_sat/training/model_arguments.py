@@ -15,26 +15,35 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     on_off = argparse.BooleanOptionalAction
     flag: dict[str, Any] = {"action": "store_const", "const": True}
     add = group.add_argument
-    add("--num-layers", type=int, help="transformer layers")
-    add("--hidden-size", type=int, help="width of the residual stream")
+    needed = "(required without --load-hf)"
+    add("--num-layers", type=int, help=f"transformer layers {needed}")
+    add("--hidden-size", type=int, help=f"width of the residual stream {needed}")
     add("--ffn-hidden-size", type=int, help="MLP channels (default: 8/3 or 4 hidden sizes)")
-    add("--num-attention-heads", type=int, help="query heads")
+    add("--num-attention-heads", type=int, help=f"query heads {needed}")
     add("--num-query-groups", type=int, help="key/value groups (default: one for each head)")
-    add("--group-query-attention", action="store_true", help="needs --num-query-groups")
+    add(
+        "--group-query-attention",
+        action="store_true",
+        help="needs --num-query-groups, which suffices (default: off)",
+    )
     add("--kv-channels", type=int, help="width of a head (default: hidden size / heads)")
-    add("--seq-length", type=int, required=True, help="tokens of one sample")
+    add("--seq-length", type=int, required=True, help="tokens of one sample (required)")
     add("--max-position-embeddings", type=int, help="longest sequence (default: --seq-length)")
     add("--normalization", choices=get_args(NormalizationName), help="norms (default: RMSNorm)")
     add("--norm-epsilon", type=float, help="added to the variance in norms (default: 1e-5)")
     add("--rotary-base", type=float, help="base of the rotary embedding (default: 10000)")
     add("--rotary-percent", type=float, help="rotated share of a head's width (default: 1)")
-    add("--use-rope-scaling", **flag, help="Llama 3.1's scaling of the rotary frequencies")
+    add(
+        "--use-rope-scaling",
+        **flag,
+        help="Llama 3.1's scaling of the rotary frequencies (default: off)",
+    )
     add("--rope-scaling-factor", type=float, help="of --use-rope-scaling (default: 8)")
     add(
         "--window-size",
         type=_integers,
         metavar="BEFORE,0",
-        help="sliding window: tokens before and after a token that it attends to",
+        help="sliding window: tokens before and after a token that it attends to (default: all)",
     )
     add(
         "--window-attn-skip-freq",
@@ -42,24 +51,28 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="1,0,...",
         help="which layers have the window (default: all)",
     )
-    add("--swiglu", action=on_off, help="gated MLP with SiLU (default), or plain with GELU")
+    add("--swiglu", action=on_off, help="gated MLP with SiLU, or plain with GELU (default: gated)")
     bias = group.add_mutually_exclusive_group()
     bias.add_argument(
         "--disable-bias-linear",
         dest="add_bias_linear",
         action="store_const",
         const=False,
-        help="linears without biases (the default)",
+        help="linears without biases (default: on)",
     )
-    bias.add_argument("--add-bias-linear", **flag, help="linears with biases (Llama has none)")
-    add("--add-qkv-bias", **flag, help="bias in the QKV projection (Qwen 2)")
-    add("--qk-layernorm", **flag, help="norms on queries and keys (Qwen 3)")
-    add("--untie-embeddings-and-output-weights", **flag, help="a head of its own")
+    bias.add_argument("--add-bias-linear", **flag, help="linears with biases (default: off)")
+    add("--add-qkv-bias", **flag, help="bias in the QKV projection, as in Qwen 2 (default: off)")
+    add("--qk-layernorm", **flag, help="norms on queries and keys, as in Qwen 3 (default: off)")
+    add(
+        "--untie-embeddings-and-output-weights",
+        **flag,
+        help="an output layer with weights of its own (default: off)",
+    )
     add("--init-method-std", type=float, help="spread of initial weights (default: 0.02)")
     add("--make-vocab-size-divisible-by", type=int, help="pads the vocabulary (default: 128)")
     add("--vocab-size", type=int, help="vocabulary before padding (default: the tokenizer's)")
-    add("--attention-dropout", type=float, default=0.0, help="only 0 is supported")
-    add("--hidden-dropout", type=float, default=0.0, help="needs a GPU above 0")
+    add("--attention-dropout", type=float, default=0.0, help="only 0 is supported (default: 0)")
+    add("--hidden-dropout", type=float, default=0.0, help="needs a GPU above 0 (default: 0)")
 
 
 def model_config(args: argparse.Namespace, source: HFConfig | None) -> ModelConfig:

@@ -37,6 +37,7 @@ from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
+from megatron_sat.training.resume import check_save_folder
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.validation import check_paths, check_sat_layout
 
@@ -57,6 +58,8 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         check_sat_layout(config, resuming=resuming)
         deepspeed_config = build_deepspeed_config(config, world_size=world_size)
         check_paths(config, rank=rank)
+        if rank == 0:
+            check_save_folder(config)
         tokenizer = build_tokenizer(
             config.data.tokenizer_type,
             config.data.tokenizer_model,
@@ -115,7 +118,6 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             total_iterations=config.train_iters,
             start_iteration=progress.iteration,
             step_work=step_work,
-            first_validation_losses=sinks.first_validation_losses,
         )
     with display:
         display.message(_describe(config, state, engine, stored, progress))

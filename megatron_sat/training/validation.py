@@ -306,7 +306,7 @@ def _check_learning_rate(config: TrainingConfig) -> None:
 def _check_data(config: TrainingConfig) -> None:
     data = config.data
     if bool(data.data_path) == bool(data.train_data_path):
-        raise ValueError("give either --data-path or --train-data-path")
+        raise ValueError("give one of --data-path, --data-args-path and --train-data-path")
     if data.split is not None:
         try:
             shares = [float(share) for share in data.split.split(",")]

@@ -1,11 +1,13 @@
 import json
 import os
+import re
 from dataclasses import fields
 
 import pytest
 
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.flags import build_parser
 from megatron_sat.training.validation import (
     check_paths,
     check_sat_layout,
@@ -120,6 +122,24 @@ def test_tensorboard_is_beside_the_checkpoints():
     assert parse().logging.tensorboard_dir is None
 
 
+def test_help_tells_every_default():
+    entries = re.split(r"\n  (?=--)", build_parser().format_help().replace("-\n", "-"))[1:]
+    shown = {entry.split()[0].strip(","): " ".join(entry.split()) for entry in entries}
+    assert len(shown) > 90
+    for flag, text in shown.items():
+        assert re.search(r"default: .+\)|default with --load-hf: |\((one .*)?required", text), flag
+    for flag, default in {
+        "--seed": "1234",
+        "--num-workers": "2",
+        "--eval-interval": "1000",
+        "--weight-decay": "0.01",
+        "--sat-temperature": "0.05",
+        "--sat-metric": "maxip",
+        "--sequence-parallel": "off",
+    }.items():
+        assert shown[flag].endswith(f"(default: {default})")
+
+
 def test_what_launchers_pass_is_accepted():
     assert parse("--deepspeed --local_rank 0") == parse("--local-rank=0") == parse()
 
@@ -210,7 +230,7 @@ GQA = "--num-query-groups 2 "
             r"exclude each other",
         ),
         ("--attention-dropout 0.1", r"--attention-dropout is 0.1; valid: 0"),
-        ("--train-data-path x", r"either --data-path or --train-data-path"),
+        ("--train-data-path x", r"one of --data-path, --data-args-path and --train-data-"),
         ("--split a,b", r"--split is 'a,b'"),
         ("--split 0,1,1", r"--split is '0,1,1'"),
         ("--split 9,1 --valid-data-path x", r'already makes the validation set "valid"'),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ from megatron_sat.testing.training import tiny_run, train_on_ranks, write_indexe
 from megatron_sat.training import run as training_run
 from megatron_sat.training.initialize import run
 from megatron_sat.training.loop import Trainer
+from megatron_sat.training.metrics import METRICS_FILE
 from megatron_sat.training.run import pretrain
 
 SAT = "--sat-omission-rate 0.5 "
@@ -178,6 +180,40 @@ def test_a_checkpoint_of_another_run(tmp_path, tiny_data, saved, flags):
     # Nor in the folder that was refused, had it been the one to save to.
     assert message == message_of(tiny_run(tiny_data, line, save=saved))
     assert times(saved) == before
+
+
+def test_a_save_folder_that_holds_another_run(tmp_path, tiny_data, saved):
+    line = SAT + "--train-iters 4 --lr-decay-iters 3 --sat-total-steps 3 --eval-iters 0 "
+    held = f"--save {saved} holds a run already"
+    go_on = f"give --load {saved} to go on with it, or another folder"
+    other = shutil.copytree(saved, tmp_path / "other")
+    before = times(tmp_path)
+    for flags, message in (
+        ("", f"{held}; {go_on}"),
+        (f"--load {other}", f"{held}; {go_on}"),
+        (f"--load {other} --finetune", f"{held}; --finetune begins another: give another folder"),
+        (f"--load {saved} --finetune", f"{held}; --finetune begins another: give another folder"),
+    ):
+        assert message_of(tiny_run(tiny_data, line + flags, save=saved)).startswith(message)
+    (tmp_path / "link").symlink_to(other)
+    assert times(tmp_path) == before
+    # The same folder under another name goes on.
+    train_on_ranks(tiny_run(tiny_data, f"{line}--load {tmp_path}/link", save=other), 2)
+    assert (other / "latest").read_text() == "global_step4"
+
+
+def test_a_save_folder_with_the_metrics_of_a_run_that_saved_nothing(tmp_path, tiny_data):
+    metrics = tmp_path / METRICS_FILE
+    metrics.write_text('{"kind": "train", "iteration": 3}\n')
+    message = message_of(tiny_run(tiny_data, save=tmp_path))
+    assert message.startswith(f"--save {tmp_path} holds the metrics.jsonl of a run that saved no")
+    assert metrics.read_text() == '{"kind": "train", "iteration": 3}\n'
+    # One that did not come to its first step may be started again.
+    metrics.write_text('{"kind": "eval", "iteration": 0}\n')
+    lines = train_on_ranks(
+        tiny_run(tiny_data, "--train-iters 1 --lr-warmup-iters 0", save=tmp_path), 1
+    )
+    assert [line["iteration"] for line in lines] == [0, 1, 1]
 
 
 def test_save_folders_that_cannot_be_written(tmp_path, tiny_data):

@@ -56,8 +56,12 @@ def test_checkpoints_lie_where_latest_says(saved):
     folders = sorted(path.name for path in saved.iterdir() if path.is_dir())
     assert folders == ["global_step2", "global_step4", "tensorboard"]
     assert (saved / "latest").read_text() == "global_step4"
+    first = read_metrics(saved / METRICS_FILE)[0]
     assert find_checkpoint(str(saved)).progress == checkpoint.Progress(
-        iteration=4, consumed_samples=16, consumed_tokens=512
+        iteration=4,
+        consumed_samples=16,
+        consumed_tokens=512,
+        first_validation_losses={first["dataset"]: first["validation_loss"]},
     )
     assert find_checkpoint(str(saved), iteration=2).progress.consumed_samples == 8
 

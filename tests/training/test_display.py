@@ -23,7 +23,7 @@ def train_record(iteration: int, **changes) -> TrainRecord:
         "lr": 1.5e-4,
         "grad_norm": 1.25,
         "omission_rate": 0.4,
-        "effective_omission_rate": {"attention": 0.4, "mlp": 0.39},
+        "effective_omission_rate": {"attention": 0.4, "mlp": 0.4},
         "tokens": 4096 * iteration,
         "tokens_per_second": 46412.0,
         "step_time_ms": 2000.0,
@@ -81,7 +81,7 @@ def test_a_terminal_gets_a_bar_that_stays_below_everything_else(width):
         assert "1000/3000" in out.getvalue()
         display.log_train(train_record(1200))
         display.message("saved [a] checkpoint")
-        display.log_eval([eval_record(1200, "old", 1.0)])
+        display.log_eval([eval_record(1200, "old", 1.0)], first_losses={})
         display.step(1201)
     shown = out.getvalue()
     last = shown.split("\x1b[2K")[-1]
@@ -91,6 +91,32 @@ def test_a_terminal_gets_a_bar_that_stays_below_everything_else(width):
     assert "saved [a] checkpoint\n" in shown and "saved" not in last
     assert "   old" in shown and "old" not in last
     assert shown.endswith("\x1b[?25h"), "the cursor must be given back"
+
+
+RATES = [
+    ({"attention": 0.4, "mlp": 0.4004}, "0.400", "0.40"),
+    ({"attention": 0.375, "mlp": 0.375}, "0.400 (ran 0.375)", "0.40 (ran 0.38)"),
+    ({"attention": 0.4, "mlp": 0.391}, "0.400 (ran 0.391 mlp)", "0.40 (ran 0.39 mlp)"),
+    (
+        {"attention": 0.25, "mlp": 0.391},
+        "0.400 (ran 0.250 attention, 0.391 mlp)",
+        "0.40 (ran 0.25 attention, 0.39 mlp)",
+    ),
+]
+
+
+@pytest.mark.parametrize("ran, line, bar", RATES, ids=[line for _, line, _ in RATES])
+def test_the_rate_as_it_ran_is_shown_where_it_differs(ran, line, bar):
+    log, out = console(terminal=False)
+    record = train_record(1500, effective_omission_rate=ran)
+    open_display(total_iterations=3000, console=log).log_train(record)
+    assert f"| omission rate: {line} |" in out.getvalue()
+    for width, expected in ((120, bar), (80, "0.40")):
+        terminal, out = console(terminal=True, width=width)
+        with open_display(total_iterations=3000, console=terminal) as display:
+            display.log_train(record)
+        last = out.getvalue().split("\x1b[2K")[-1]
+        assert f" omitted {expected} 46.4k tokens/s 402 TFLOP/s ETA" in last and "━" in last
 
 
 def test_a_dumb_terminal_and_a_file_get_plain_lines(monkeypatch):
@@ -107,15 +133,11 @@ def test_a_dumb_terminal_and_a_file_get_plain_lines(monkeypatch):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_evaluations_are_a_table_with_the_change_since_the_first(terminal):
     made, out = console(terminal=terminal)
-    with open_display(
-        total_iterations=300,
-        console=made,
-        first_validation_losses={"a long name": 1.5},
-    ) as display:
-        display.log_eval([eval_record(0, "new", math.nan)])
-        display.log_eval([eval_record(100, "new", 3.0), eval_record(100, "a long name", 1.0)])
-        out.truncate(0)
-        display.log_eval([eval_record(200, "new", 2.0), eval_record(200, "a long name", 1.75)])
+    with open_display(total_iterations=300, console=made) as display:
+        display.log_eval(
+            [eval_record(200, "new", 2.0), eval_record(200, "a long name", 1.75)],
+            first_losses={"a long name": 1.5, "new": 3.0},
+        )
     rows = [line.split() for line in out.getvalue().splitlines() if line.startswith("   ")]
     assert rows == [
         ["data", "set", "loss", "perplexity", "since", "first"],
@@ -129,7 +151,7 @@ def test_ranks_above_0_show_nothing(capsys):
     with Display() as display:
         display.step(1)
         display.log_train(train_record(1))
-        display.log_eval([eval_record(1, "new", 1.0)])
+        display.log_eval([eval_record(1, "new", 1.0)], first_losses={})
         display.message("text")
     assert capsys.readouterr() == ("", "")
 

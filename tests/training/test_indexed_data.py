@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_sat.testing.data import write_documents
 from megatron_sat.training import indexed_data
 from megatron_sat.training.indexed_data import check_token_ids, inspect
 
@@ -15,17 +14,9 @@ FLAG = "--data-path"
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10], [11]]
 
 
-def write(prefix: Path, documents: list[list[int]], dtype: type[np.number] = np.int32) -> str:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
-
-
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_a_whole_data_set_is_described(tmp_path: Path, dtype: type[np.number]) -> None:
-    data = inspect(write(tmp_path / "a", DOCUMENTS, dtype), flag=FLAG)
+    data = inspect(write_documents(tmp_path / "a", DOCUMENTS, dtype), flag=FLAG)
     assert data.dtype == dtype
     assert data.lengths.tolist() == [3, 1, 4, 2, 1]
     assert data.tokens((0.0, 1.0)) == 11
@@ -80,7 +71,7 @@ SIZE = 34 + 12 * 5 + 8 * 6
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path: Path, what: str, message: str) -> None:
-    prefix = write(tmp_path / "a", DOCUMENTS)
+    prefix = write_documents(tmp_path / "a", DOCUMENTS)
     _damage(tmp_path / "a", what)
     with pytest.raises(ValueError, match=f"^{FLAG}: .*{message}"):
         inspect(prefix, flag=FLAG)
@@ -88,19 +79,28 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, what: str, message: s
 
 def test_data_sets_without_tokens_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.idx holds no documents"):
-        inspect(write(tmp_path / "none", []), flag=FLAG)
+        inspect(write_documents(tmp_path / "none", []), flag=FLAG)
     with pytest.raises(ValueError, match=r"empty\.bin holds no tokens"):
-        inspect(write(tmp_path / "empty", [[], []]), flag=FLAG)
-    prefix = write(tmp_path / "a", DOCUMENTS)
+        inspect(write_documents(tmp_path / "empty", [[], []]), flag=FLAG)
+    prefix = write_documents(tmp_path / "a", DOCUMENTS)
     with pytest.raises(ValueError, match=r"a\.bin\.idx does not exist; give the prefix without"):
         inspect(f"{prefix}.bin", flag=FLAG)
 
 
+def test_a_prefix_without_what_the_tokenizing_tool_adds(tmp_path: Path) -> None:
+    for name in ("a[1]_text_document", "a[1]_title_document", "a1_text_document"):
+        write_documents(tmp_path / name, DOCUMENTS)
+    with pytest.raises(ValueError, match="does not exist") as error:
+        inspect(f"{tmp_path}/a[1]", flag=FLAG)
+    meant = f"{tmp_path}/a[1]_text_document or {tmp_path}/a[1]_title_document"
+    assert str(error.value) == f"{FLAG}: {tmp_path}/a[1].idx does not exist; is it {meant}?"
+
+
 def test_foreign_token_ids_are_found(tmp_path: Path) -> None:
-    data = inspect(write(tmp_path / "a", DOCUMENTS), flag=FLAG)
+    data = inspect(write_documents(tmp_path / "a", DOCUMENTS), flag=FLAG)
     with pytest.raises(ValueError, match=r"a\.bin holds token id 11 at token 10, .* has 11 ids"):
         check_token_ids(data, vocab_size=11, flag=FLAG)
-    data = inspect(write(tmp_path / "b", [[1, 2, -1]]), flag=FLAG)
+    data = inspect(write_documents(tmp_path / "b", [[1, 2, -1]]), flag=FLAG)
     with pytest.raises(ValueError, match="token id -1 at token 2"):
         check_token_ids(data, vocab_size=11, flag=FLAG)
 
@@ -113,6 +113,6 @@ def test_large_data_sets_are_searched_in_blocks_from_end_to_end(
     for position in (0, 330, 660, 999):
         tokens = [1] * 1000
         tokens[position] = 50
-        data = inspect(write(tmp_path / "long", [tokens]), flag=FLAG)
+        data = inspect(write_documents(tmp_path / "long", [tokens]), flag=FLAG)
         with pytest.raises(ValueError, match=f"token id 50 at token {position},"):
             check_token_ids(data, vocab_size=50, flag=FLAG)

@@ -126,7 +126,6 @@ def test_a_resume_removes_lines_later_than_its_start_and_a_cut_line(tmp_path):
     with pytest.warns(UserWarning, match="the last line is cut"):
         resumed = MetricsWriter(path, start_iteration=20)
     assert path.read_text() == unchanged
-    assert resumed.first_validation_losses == {"new": 3.0}
     resumed.log(train_record(30, loss=1.0))
     assert keys_of(path) == [
         ("eval", 0),
@@ -148,8 +147,8 @@ def test_a_last_line_without_its_newline_does_not_swallow_the_next(tmp_path):
 def test_a_new_run_begins_an_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     MetricsWriter(path, start_iteration=0).log(eval_record(0))
-    writer = MetricsWriter(path, start_iteration=0)
-    assert path.read_text() == "" and writer.first_validation_losses == {}
+    MetricsWriter(path, start_iteration=0)
+    assert path.read_text() == ""
 
 
 @pytest.mark.parametrize("damage", ["{cut\n", "[1]\n", '{"kind": "train"}\n', "\x00\n"])
@@ -182,7 +181,6 @@ def test_tensorboard_shows_every_number_and_a_resume_hides_later_ones(tmp_path):
         first.log_train(train_record(iteration, loss=float(iteration), grad_norm=None))
     first.close()
     second = sinks(20)
-    assert second.first_validation_losses == {"new": 3.0}
     second.log_train(train_record(30, loss=-1.0, grad_norm=math.nan))
     second.close()
 

@@ -105,6 +105,19 @@ def printed(argv: list[str]) -> str:
     return output.getvalue()
 
 
+def test_a_resumed_run_knows_the_first_validation_losses(tmp_path, tiny_data):
+    """Also where it saves to another folder, and of a set that was given later."""
+    argv = tiny_run(tiny_data, "--train-iters 6 --lr-decay-iters 6 --eval-interval 2 ")
+    first = train_on_ranks([*argv, "--train-iters", "4", "--save", str(tmp_path / "a")], 1)[0]
+    argv += ["--load", str(tmp_path / "a"), "--save", str(tmp_path / "b")]
+    argv += ["--valid-data", f"late={tiny_data}"]
+    (output,) = run_on_ranks(printed, 1, argv)
+    shown = {line.split()[0]: float(line.split()[3]) for line in output.splitlines()[-3:-1]}
+    last = read_metrics(tmp_path / "b" / METRICS_FILE)[-1]["validation_loss"]
+    change = last - first["validation_loss"]
+    assert change < -0.5 and shown == {"valid": pytest.approx(change, abs=1e-4), "late": 0.0}
+
+
 def test_other_micro_batches_are_mentioned(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, "--train-iters 3 --sat-omission-rate 0.5 --eval-iters 0 ")
     train_on_ranks([*argv, "--save", str(tmp_path)], 1)

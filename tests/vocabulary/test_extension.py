@@ -1,4 +1,4 @@
-"""Extended folders: what transformers and SentencePiece make of the tokenizer, and the new rows."""
+"""Extended folders: what libraries make of the tokenizer, and what cannot be extended."""
 
 import importlib.util
 import json
@@ -10,117 +10,10 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer
 
+from megatron_sat.testing.vocabulary import KINDS, MIXED, NEW, OLD, train_sentencepiece
 from megatron_sat.vocabulary import extend_vocabulary, read_pieces
-
-OLD = [
-    "The quick brown fox jumps over the lazy dog; the dog starts barking at 10:45.",
-    "A start is not the art of starting, said the tar-smeared artist (twice).",
-    "    for word in words:\n\t\tprint(word, 12345)\n",
-    "Straße and naïve café",
-] * 4
-NEW = [
-    "Η γρήγορη αλεπού πηδάει πάνω από το τεμπέλικο σκυλί και το σκυλί γαβγίζει.",
-    "Η αρχή είναι το ήμισυ του παντός, και το τέλος της αλεπούς είναι η αρχή.",
-    "東京の犬は東京の狐を見る。狐は犬を見ない。",
-] * 4
-MIXED = [f"{old} {new}\n{old}" for old, new in zip(OLD, NEW, strict=False)]
-KINDS = ["sentencepiece and json", "sentencepiece", "json", "bytes"]
-ROWS = 512
-
-
-def train_sentencepiece(path: Path, lines: list[str], size: int, **options: object) -> Path:
-    with open(path, "wb") as writer:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=writer,
-            vocab_size=size,
-            hard_vocab_limit=False,
-            minloglevel=2,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            **options,
-        )
-    return path
-
-
-def write_byte_level(folder: Path) -> None:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        OLD, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    # Behind the vocabulary, as Llama 3's.
-    fast.add_special_tokens({"bos_token": "<|begin|>", "eos_token": "<|end|>"})
-    fast.save_pretrained(folder)
-
-
-def write_model(folder: Path, *, tied: bool = False, **options: object) -> None:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=ROWS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, **options)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("bases")
-    folders = {kind: root / kind.replace(" ", "-") for kind in KINDS}
-    for kind, folder in folders.items():
-        folder.mkdir()
-        write_model(folder)
-        if kind == "bytes":
-            write_byte_level(folder)
-            continue
-        options = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 1.0}
-        model = train_sentencepiece(folder / "tokenizer.model", OLD, 400, **options)
-        if kind != "sentencepiece":
-            fast = LlamaTokenizer.from_pretrained(folder)
-            if kind == "sentencepiece and json":
-                fast.add_special_tokens({"pad_token": "<pad>"})  # not in tokenizer.model
-            fast.save_pretrained(folder)
-            if kind == "json":
-                model.unlink()
-        else:
-            config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>"}
-            (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folders
-
-
-@pytest.fixture(scope="module")
-def greek(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Second models, and a list of tokens."""
-    folder = tmp_path_factory.mktemp("pieces")
-    (folder / "list.txt").write_text("▁αλεπού\n σκυλί\nπαντός\n▁αλεπού\n\n東京\n▁the\n")
-    return {
-        "bpe": str(train_sentencepiece(folder / "bpe.model", NEW, 160, model_type="bpe")),
-        "unigram": str(train_sentencepiece(folder / "uni.model", NEW, 160, model_type="unigram")),
-        "list": str(folder / "list.txt"),
-    }
 
 
 @pytest.mark.parametrize("pieces", ["bpe", "unigram", "list"])
@@ -215,123 +108,6 @@ def shuffled(lines: list[str], count: int) -> list[str]:
     return ["".join(generator.choices(letters, k=20)) for _ in range(count)]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for path in folder.glob("*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece and json", "bytes"])
-def test_new_rows_are_the_means_of_their_sub_pieces(
-    tmp_path: Path, bases: dict[str, Path], greek: dict[str, str], kind: str
-) -> None:
-    output = tmp_path / "out"
-    report = extend_vocabulary(base=str(bases[kind]), pieces=greek["bpe"], output=str(output))
-    old, new = weights(bases[kind]), weights(output)
-    tokenizer = AutoTokenizer.from_pretrained(bases[kind])
-    extended = AutoTokenizer.from_pretrained(output)
-    first = len(tokenizer)
-    count = first + len(report.growth.added)
-    assert (
-        report.vocab_size
-        == max(ROWS, count)
-        == json.loads((output / "config.json").read_text())["vocab_size"]
-    )
-    assert old.keys() == new.keys()
-    for name in old:
-        if name not in ("model.embed_tokens.weight", "lm_head.weight"):
-            assert torch.equal(old[name], new[name])
-            continue
-        assert new[name].dtype == torch.bfloat16 and new[name].shape[0] == report.vocab_size
-        assert torch.equal(new[name][:first], old[name][:first])
-        assert torch.equal(new[name][count:], old[name][count:])
-        checked = 0
-        for piece in report.growth.asked:
-            text = extended.convert_tokens_to_string([piece]) if kind == "bytes" else piece
-            if kind == "bytes":
-                text = extended.decode([extended.convert_tokens_to_ids(piece)])
-            elif not text.startswith("▁"):
-                continue  # the tokenizer would put "▁" in front
-            else:
-                text = text.replace("▁", " ")[1:]
-            if not text or "\ufffd" in text or not text.strip():
-                continue
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            expected = old[name][ids].float().mean(dim=0).to(torch.bfloat16)
-            row = extended.convert_tokens_to_ids(piece)
-            torch.testing.assert_close(new[name][row], expected, rtol=1e-2, atol=1e-6)
-            checked += 1
-        assert checked > 20
-    model = AutoModelForCausalLM.from_pretrained(output)
-    ids = extended(NEW[0], return_tensors="pt")["input_ids"]
-    assert torch.isfinite(model(ids).logits).all()
-    assert model(ids).logits.shape[-1] == report.vocab_size
-
-
-def test_noise_and_random_rows(tmp_path: Path, bases: dict[str, Path], greek) -> None:
-    base = str(bases["json"])
-    results = {}
-    for name, options in {
-        "mean": {},
-        "noisy": {"initialization": "mean-noise", "noise": 0.5},
-        "again": {"initialization": "mean-noise", "noise": 0.5},
-        "seed": {"initialization": "mean-noise", "noise": 0.5, "seed": 7},
-        "random": {"initialization": "random"},
-    }.items():
-        output = tmp_path / name
-        extend_vocabulary(base=base, pieces=greek["bpe"], output=str(output), **options)
-        results[name] = weights(output)["model.embed_tokens.weight"].float()
-    first = len(AutoTokenizer.from_pretrained(base))
-    count = len(AutoTokenizer.from_pretrained(tmp_path / "mean"))
-    new = {name: rows[first:count] for name, rows in results.items()}
-    std = results["mean"][:first].std()
-    assert torch.equal(new["noisy"], new["again"]) and not torch.equal(new["noisy"], new["seed"])
-    assert (new["noisy"] - new["mean"]).std() == pytest.approx(0.5 * float(std), rel=0.1)
-    assert new["random"].std() == pytest.approx(float(std), rel=0.1)
-    assert not torch.equal(new["random"], new["mean"])
-
-
-@pytest.mark.parametrize("storage", ["sharded", "bin", "tied", "tied twice"])
-def test_every_kind_of_weight_file(
-    tmp_path: Path, bases: dict[str, Path], greek: dict[str, str], storage: str
-) -> None:
-    base, output = tmp_path / "base", tmp_path / "out"
-    shutil.copytree(bases["json"], base)
-    if storage == "sharded":
-        (base / "model.safetensors").unlink()
-        write_model(base, max_shard_size="40KB")
-        assert len(list(base.glob("*.safetensors"))) > 2
-    elif storage == "bin":
-        torch.save(weights(base), base / "pytorch_model.bin")
-        (base / "model.safetensors").unlink()
-    else:
-        write_model(base, tied=True)
-        if storage == "tied twice":
-            tensors = weights(base)
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-            save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    # As many as there are pieces, so that config.json grows.
-    config = json.loads((base / "config.json").read_text())
-    options = {"initialization": "mean-noise"}
-    report = extend_vocabulary(base=str(base), pieces=greek["bpe"], output=str(output), **options)
-    assert report.vocab_size > ROWS == config["vocab_size"]
-    files = {path.name for path in base.iterdir()}
-    assert {path.name for path in output.iterdir()} == files
-    model = AutoModelForCausalLM.from_pretrained(output)
-    assert model.get_input_embeddings().weight.shape[0] == report.vocab_size
-    assert model.get_output_embeddings().weight.shape[0] == report.vocab_size
-    if storage == "sharded":
-        index = json.loads((output / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == sum(
-            tensor.numel() * 2 for tensor in weights(output).values()
-        )
-    if storage == "tied twice":
-        stored = weights(output)
-        assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
-
-
 def test_what_cannot_be_extended_is_refused_and_leaves_nothing(
     tmp_path: Path, bases: dict[str, Path], greek: dict[str, str]
 ) -> None:
@@ -374,7 +150,7 @@ def test_what_cannot_be_extended_is_refused_and_leaves_nothing(
     data = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(data[:-100])
     refused(r"model\.safetensors is damaged or cut short")
-    tensors = weights(bases["json"])
+    tensors = load_file(bases["json"] / "model.safetensors")
     tensors["lm_head.weight"][3, 4] = torch.nan
     save_file(tensors, source / "model.safetensors")
     refused(r"model\.safetensors: tensor lm_head\.weight has values that are not finite")
