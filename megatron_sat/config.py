@@ -162,7 +162,8 @@ class SATConfig:
 
 
 def add_sat_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the --sat-* flags, one for each field of `SATConfig`, as a group of their own.
+    """Adds the --sat-* flags, one for each field of `SATConfig`, and --sat-autotune, as a group of
+    their own.
 
     Each is None until it is given, for `sat_config_from_args` to resolve.
     """
@@ -254,6 +255,15 @@ def add_sat_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"seed of the sampling (default: {default['seed']})",
     )
+    group.add_argument(
+        "--sat-autotune",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="before the first step measure a layer at every rate of the schedule, take the counts "
+        "that run fastest near it, and run dense where that is faster; FILE keeps the table for "
+        "other runs of the same kind (default: counts are rounded, and not measured)",
+    )
 
 
 def sat_config_from_args(args: argparse.Namespace) -> SATConfig | None:
@@ -273,10 +283,11 @@ def sat_config_from_args(args: argparse.Namespace) -> SATConfig | None:
         if (value := getattr(args, "sat_" + field.name)) is not None
     }
     if "omission_rate" not in given:
-        if given:
+        without_effect = [*given, *(["autotune"] if args.sat_autotune is not None else [])]
+        if without_effect:
             raise ValueError(
-                f"--sat-omission-rate is needed with {', '.join(map(_flag, given))}: without it "
-                "training is dense; give 0 if that is meant"
+                f"--sat-omission-rate is needed with {', '.join(map(_flag, without_effect))}: "
+                "without it training is dense; give 0 if that is meant"
             )
         return None
     if "total_steps" not in given:

@@ -79,9 +79,16 @@ class Site:
             self._counted = (rate, self._count(rate))
         return self._counted[1]
 
+    def forget_count(self) -> None:
+        """Count anew when next asked: selection groups or set counts have changed."""
+        self._counted = (-1.0, 0)
+
     def _count(self, rate: float) -> int:
         config = self.state.require_config()
         per_group = self.units // self.groups
+        given = self.state.kept_count(self.module, rate)
+        if given is not None:
+            return given // self.groups
         if self.module == "mlp":
             return kept_channels_per_group(
                 per_group,

@@ -7,6 +7,7 @@ step it is. Nothing here communicates: the layers bring scores that are already 
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from megatron_sat.selection import draw_noise, noise_seed
 from megatron_sat.site import Site
 
 logger = logging.getLogger(__name__)
+
+# By omission rate: how many units of each module take part, over all tensor-parallel ranks.
+KeptCounts = Mapping[float, Mapping[Module, int]]
 
 
 class SATState:
@@ -40,6 +44,7 @@ class SATState:
         self._selection_groups = None if config is None else config.selection_groups
         self._noise: dict[str, Tensor] = {}
         self._warned = False
+        self._kept_counts: KeptCounts = {}
 
     def require_config(self) -> SATConfig:
         """The configuration; only for callers that run sparse, so that there is one."""
@@ -174,6 +179,31 @@ class SATState:
         parts = draw_noise(seeds, sizes, device=device)
         self._noise = dict(zip(self.sites, parts, strict=True))
 
+    # How many
+
+    def set_kept_counts(self, counts: KeptCounts) -> None:
+        """How many units take part at the given rates, in place of the rounded shares; at other
+        rates those. All of a module's units are its dense form.
+
+        After the layers are built. ValueError for a count that a site does not have or that its
+        groups cannot share equally.
+        """
+        for rate, by_module in counts.items():
+            for site in self.sites.values():
+                count = by_module.get(site.module, site.units)
+                if not 0 < count <= site.units or count % site.groups:
+                    raise ValueError(
+                        f"{count} units of {site.name} are to take part at rate {rate}; valid: a "
+                        f"multiple of its {site.groups} groups, up to {site.units}"
+                    )
+        self._kept_counts = {rate: dict(by_module) for rate, by_module in counts.items()}
+        for site in self.sites.values():
+            site.forget_count()
+
+    def kept_count(self, module: Module, rate: float) -> int | None:
+        """The count that was set for a module at a rate, if one was."""
+        return self._kept_counts.get(rate, {}).get(module)
+
     # What ran
 
     def kept_units(self, rate: float) -> dict[str, int | None]:
@@ -214,12 +244,16 @@ class SATState:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs: the configuration, the last step, the selection groups as resolved
-        and, for static selection, each site's ranking ``[groups, units / groups]`` int64."""
+        """What a resume needs: the configuration, the last step, the selection groups as resolved,
+        counts that were set and, for static selection, each site's ranking
+        ``[groups, units / groups]`` int64."""
         return {
             "config": None if self.config is None else self.config.to_dict(),
             "step": self.step,
             "selection_groups": self._selection_groups,
+            "kept_counts": [
+                {"rate": rate, **by_module} for rate, by_module in self._kept_counts.items()
+            ],
             "rankings": {
                 name: site.ranking.cpu()
                 for name, site in self.sites.items()
@@ -230,9 +264,10 @@ class SATState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where another state stopped, after the layers are built.
 
-        Takes the stored selection groups unless the configuration names its own; if these are not
-        a multiple of the tensor-parallel size, ranks get unequal work, with one warning. The next
-        call is ``begin_step(stored step + 1)``. ValueError if stored rankings do not fit.
+        Takes the stored counts, and the stored selection groups unless the configuration names its
+        own; if these are not a multiple of the tensor-parallel size, ranks get unequal work, with
+        one warning. The next call is ``begin_step(stored step + 1)``. ValueError if stored
+        rankings do not fit.
         """
         self.step = None
         self._forget()
@@ -242,8 +277,10 @@ class SATState:
         if self.config.selection_groups is None and stored_groups is not None:
             self._selection_groups = stored_groups
         for site in self.sites.values():
-            site._counted = (-1.0, 0)
+            site.forget_count()
             self._check_groups(site)
+        if state_dict.get("kept_counts"):
+            self.set_kept_counts(counts_by_rate(state_dict["kept_counts"]))
         self._load_rankings(state_dict["rankings"])
         self._warn_of_unequal_work(
             max((site.tensor_parallel_size for site in self.sites.values()), default=1)
@@ -273,3 +310,11 @@ class SATState:
                     f"needs {expected}: keep selection_groups as in the stored run"
                 )
             site.ranking = ranking.clone()
+
+
+def counts_by_rate(stored: list[dict[str, Any]]) -> KeptCounts:
+    """The counts in a state's ``state_dict()["kept_counts"]``."""
+    return {
+        float(counts["rate"]): {name: n for name, n in counts.items() if name != "rate"}  # type: ignore[misc]
+        for counts in stored
+    }

@@ -58,6 +58,7 @@ def parse_args(
         checkpoint=_pick(CheckpointConfig, args),
         logging=_logging_config(args),
         sat=sat_config_from_args(args),
+        sat_autotune=args.sat_autotune,
         override_sat_schedule=args.override_sat_schedule,
         finetune=args.finetune,
         micro_batch_size=batch.micro_batch_size,

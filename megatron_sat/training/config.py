@@ -238,6 +238,9 @@ class TrainingConfig:
     logging: LoggingConfig
     sat: SATConfig | None = None
     """Sparsity-accelerated training; None trains dense."""
+    sat_autotune: str | None = None
+    """Measure which counts of heads and channels are fast, and keep the table in this file; empty:
+    in none. None does not measure."""
     override_sat_schedule: bool = False
     """Go on with a SAT schedule other than the checkpoint's."""
     finetune: bool = False

@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 import megatron_sat
 from megatron_sat.checkpoint.hf_import import HFWeights
-from megatron_sat.state import SATState
+from megatron_sat.schedule import OmissionSchedule
+from megatron_sat.state import SATState, counts_by_rate
+from megatron_sat.training.autotune import Autotuned, autotune
 from megatron_sat.training.checkpoint import (
     Progress,
     StoredCheckpoint,
@@ -82,6 +84,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     initialize(config)
     datasets = build_datasets(config, tokenizer)
 
+    tuned = _autotune(config, stored if resuming else None)
     state = SATState(config.sat)
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
     if weights is not None:
@@ -96,6 +99,9 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
                 learning_rate.load_state_dict(
                     stored.run_state["scheduler"], iteration=progress.iteration
                 )
+
+    if tuned is not None:
+        state.set_kept_counts(tuned.kept_counts)
 
     sinks, display = MetricsSinks([]), Display()
     with ranks_agree("opening the logs"):
@@ -121,6 +127,8 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         )
     with display:
         display.message(_describe(config, state, engine, stored, progress))
+        if tuned is not None:
+            display.message("\n".join(tuned.lines()))
         try:
             trainer = Trainer(
                 config,
@@ -137,6 +145,18 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         finally:
             sinks.close()
     return trainer
+
+
+def _autotune(config: TrainingConfig, resumed: StoredCheckpoint | None) -> Autotuned | None:
+    """The counts of ``--sat-autotune``; None without it, and where a resumed run has its own."""
+    if config.sat is None or config.sat_autotune is None:
+        return None
+    if resumed is not None:
+        stored = counts_by_rate(resumed.run_state["sat"].get("kept_counts", []))
+        schedule = OmissionSchedule.from_config(config.sat)
+        if stored and all(stage.rate in stored for stage in schedule.stages() if stage.rate > 0):
+            return None
+    return autotune(config)
 
 
 def _padded_vocab(config: TrainingConfig, vocab_size: int) -> int:
@@ -195,7 +215,7 @@ def _describe(
             f" after rounding that leaves out {left_out['attention']:.3f} of the heads and "
             f"{left_out['mlp']:.3f} of the channels"
         )
-        if not any(left_out.values()):
+        if not any(left_out.values()) and config.sat_autotune is None:
             lines.append(
                 " WARNING: nothing is left out: too few heads, and --sat-channel-multiple "
                 f"{sat.channel_multiple} is too coarse for these channels"

@@ -24,6 +24,7 @@ def check_config(config: TrainingConfig) -> None:
     _check_data(config)
     _check_checkpoint(config)
     _check_train_only(config)
+    _check_autotune(config)
 
 
 def check_world_size(config: TrainingConfig, world_size: int) -> None:
@@ -355,6 +356,16 @@ def _check_checkpoint(config: TrainingConfig) -> None:
     for flag, given in needs_load.items():
         if given:
             raise ValueError(f"{flag} needs --load, the directory of a checkpoint")
+
+
+def _check_autotune(config: TrainingConfig) -> None:
+    if config.sat_autotune is None or config.sat is None:
+        return
+    if config.sat.schedule not in ("ladder", "constant"):
+        raise ValueError(
+            f"--sat-autotune measures each rate of the schedule, and --sat-schedule "
+            f"{config.sat.schedule} has one for every step; valid with it: ladder or constant"
+        )
 
 
 def _check_train_only(config: TrainingConfig) -> None:
