@@ -33,18 +33,21 @@ def launch(
     device = tensors[0].get_device()
     # Triton compiles anew for other types, numbers that are 1 or multiples of 16, and pointers
     # that are not aligned to 16 bytes; the numbers themselves are few: they are sizes of the model.
+    pointers = [tensor.data_ptr() for tensor in tensors]
     key = (
-        kernel,
+        id(kernel),  # a kernel's own hash is that of its source
         grid,
         device,
         numbers,
         *constants.values(),
-        *((tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors),
+        *[tensor.dtype for tensor in tensors],
+        *[pointer % 16 for pointer in pointers],
     )
     launcher = _launchers.get(key)
     with _on(device):
         if launcher is not None:
-            launcher(*tensors, *numbers, *constants.values())
+            # As numbers: of a tensor the launcher would ask the driver whose memory it is.
+            launcher(*pointers, *numbers, *constants.values())
             return
         compiled = kernel[grid](*tensors, *numbers, **constants, **options)
     if compiled is not None:  # the interpreter compiles nothing
