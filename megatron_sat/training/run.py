@@ -1,6 +1,7 @@
 """A run from its command line to its end: builds what the loop needs, in the order in which
 mistakes can be found soonest."""
 
+import functools
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +38,13 @@ from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
-from megatron_sat.training.resume import check_save_folder
+from megatron_sat.training.resume import (
+    check_data,
+    check_save_folder,
+    check_settings,
+    comparable_losses,
+    notes_on_resume,
+)
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.validation import check_paths, check_sat_layout
 
@@ -72,6 +79,8 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         if config.checkpoint.load is not None:
             stored = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.ckpt_step)
             check_compatible(stored, config, world_size=world_size, padded_vocab_size=padded_vocab)
+            if resuming:
+                check_settings(stored, config)
         elif config.checkpoint.load_hf is not None:
             weights = open_weights(config, padded_vocab=padded_vocab)
         check_exports(
@@ -80,7 +89,10 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             iteration=stored.progress.iteration if stored is not None and resuming else 0,
         )
     initialize(config)
-    datasets = build_datasets(config, tokenizer)
+    check = None
+    if stored is not None and resuming:
+        check = functools.partial(check_data, stored, config)
+    datasets = build_datasets(config, tokenizer, check=check)
 
     state = SATState(config.sat)
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
@@ -91,6 +103,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     progress = Progress()
     if stored is not None:
         progress = load_checkpoint(engine, stored, config=config, state=state)
+        progress = comparable_losses(progress, stored, datasets.described)
         with ranks_agree("continuing the learning-rate schedule"):
             if not config.finetune:
                 learning_rate.load_state_dict(
@@ -121,6 +134,9 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         )
     with display:
         display.message(_describe(config, state, engine, stored, progress))
+        if stored is not None and resuming:
+            for note in notes_on_resume(stored, config, datasets.described):
+                display.message(f" {note}")
         try:
             trainer = Trainer(
                 config,
@@ -205,10 +221,4 @@ def _describe(
     if stored is not None:
         how = "weights of" if config.finetune else "continuing"
         lines.append(f" {how} {stored.folder}, at iteration {progress.iteration}")
-        was = stored.config.micro_batch_size
-        if config.sat is not None and not config.finetune and config.micro_batch_size != was:
-            lines.append(
-                f" --micro-batch-size is {config.micro_batch_size} and was {was}: subsets are now "
-                "chosen by other tokens, and differ from those of the run as it was"
-            )
     return "\n".join(lines)
