@@ -53,7 +53,7 @@ class Datasets:
     """What a run reads."""
 
     train: Dataset
-    """At least `train_iters * global_batch_size` samples, as many passes as that takes."""
+    """At least the samples of the run, as many passes as that takes."""
     validation: dict[str, Dataset]
     """Named validation sets, every sample once. Empty without evaluation."""
     described: Described = field(default_factory=dict)
@@ -108,11 +108,14 @@ def build_datasets(
     config: TrainingConfig,
     tokenizer: Tokenizer,
     *,
+    samples: int | None = None,
     check: Callable[[Described], None] | None = None,
 ) -> Datasets:
     """Check the data, index them and open them. Every rank calls this.
 
-    `check` is told what the data are before anything is written, and may refuse them (ValueError).
+    `samples` is the number of training samples of the whole run, `train_iters * global_batch_size`
+    by default. `check` is told what the data are before anything is written, and may refuse them
+    by a ValueError.
 
     Raises ValueError (with several ranks `RanksStopped`, on all of them) that names the flag and
     the file: files that are missing, truncated or not a data set, bad blend weights, token ids
@@ -120,7 +123,9 @@ def build_datasets(
     written.
     """
     with ranks_agree("checking the data"):
-        sources = _checked_sources(config, tokenizer)
+        if samples is None:
+            samples = config.train_iters * config.global_batch_size
+        sources = _checked_sources(config, tokenizer, samples=samples)
         described = {
             f"valid {name}" if name else "train": _describe(item) for name, item in sources.items()
         }
@@ -168,7 +173,9 @@ def _weights(source: _Source) -> list[float]:
     )
 
 
-def _checked_sources(config: TrainingConfig, tokenizer: Tokenizer) -> dict[str, _Source]:
+def _checked_sources(
+    config: TrainingConfig, tokenizer: Tokenizer, *, samples: int
+) -> dict[str, _Source]:
     """The training source under the name "", and each validation source under its own."""
     data = config.data
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
@@ -191,7 +198,7 @@ def _checked_sources(config: TrainingConfig, tokenizer: Tokenizer) -> dict[str, 
             weights=None if weights is None else tuple(weights),
             split=split,
             share=share,
-            samples=config.train_iters * config.global_batch_size if split is Split.train else None,
+            samples=samples if split is Split.train else None,
         )
 
     valid_share: tuple[float, float] | None = None

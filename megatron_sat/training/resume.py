@@ -87,6 +87,12 @@ def comparable_losses(
     return replace(progress, first_validation_losses=losses)
 
 
+def total_samples(progress: Progress, config: TrainingConfig) -> int:
+    """Training samples of a whole run, those before and those after `progress`."""
+    left = max(0, config.train_iters - progress.iteration)
+    return progress.consumed_samples + left * config.global_batch_size
+
+
 def notes_on_resume(
     stored: StoredCheckpoint, config: TrainingConfig, described: Described
 ) -> list[str]:
@@ -103,7 +109,7 @@ def notes_on_resume(
             f"--micro-batch-size is {new} and was {old}: subsets are now chosen by other tokens, "
             "and differ from those of the run as it was"
         )
-    counts = [run.train_iters * run.global_batch_size for run in (stored.config, config)]
+    counts = [total_samples(stored.progress, run) for run in (stored.config, config)]
     most = max(counts) * config.model.seq_length
     if counts[0] != counts[1] and any(
         most * part["weight"] > part["tokens"] for part in described["train"]

@@ -44,6 +44,7 @@ from megatron_sat.training.resume import (
     check_settings,
     comparable_losses,
     notes_on_resume,
+    total_samples,
 )
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.validation import check_paths, check_sat_layout
@@ -89,10 +90,11 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             iteration=stored.progress.iteration if stored is not None and resuming else 0,
         )
     initialize(config)
-    check = None
+    check, samples = None, None
     if stored is not None and resuming:
         check = functools.partial(check_data, stored, config)
-    datasets = build_datasets(config, tokenizer, check=check)
+        samples = total_samples(stored.progress, config)
+    datasets = build_datasets(config, tokenizer, samples=samples, check=check)
 
     state = SATState(config.sat)
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)

@@ -38,11 +38,13 @@ def data(tmp_path: Path) -> Path:
 
 def stored(iteration: int = 3, **options: Any) -> StoredCheckpoint:
     """A checkpoint of a run with these options of `data_config`."""
+    config = data_config(**options)
+    consumed = iteration * config.global_batch_size
     data = json.loads(json.dumps(build(**options).described))
     return StoredCheckpoint(
         folder=Path("runs/global_step3"),
-        progress=Progress(iteration=iteration),
-        config=data_config(**options),
+        progress=Progress(iteration=iteration, consumed_samples=consumed),
+        config=config,
         run_state={"data": data},
     )
 
@@ -140,6 +142,18 @@ def test_more_samples_reorder_data_that_are_used_more_than_once(data: Path) -> N
     mixed = blend(data, 0.9, "a", 0.1, "b")
     assert notes(stored(**mixed, samples=20), **mixed, samples=24) == []
     assert len(notes(stored(**mixed, samples=24), **mixed, samples=32)) == 1
+
+
+def test_a_smaller_batch_on_resume_finds_data_enough(tmp_path: Path) -> None:
+    """10 x 8 and 10 x 4 samples: more than 20 x 4, and more than one pass over the data."""
+    data = write_indexed_data(tmp_path / "data", documents=50)  # of 89 samples
+    flags = "--lr-decay-iters 20 --lr-warmup-iters 0 --eval-iters 0 --log-interval 1 "
+    argv = tiny_run(data, flags, save=tmp_path / "save")
+    train_on_ranks([*argv, "--train-iters", "10"], 1)
+    argv += ["--train-iters", "20", "--global-batch-size", "4", "--load", str(tmp_path / "save")]
+    lines = train_on_ranks(argv, 1)
+    assert [line["iteration"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["tokens"] == (80 + 40) * 32
 
 
 def test_a_complete_run_is_told(data: Path) -> None:
