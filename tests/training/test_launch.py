@@ -125,6 +125,14 @@ def test_what_a_run_leaves(runs):
     assert [event.step for event in events.Scalars("validation/valid/loss")] == [0, 2, 4]
 
 
+def test_the_first_screen_is_ours(runs):
+    _, _, output = runs["python"]
+    first, *lines = output.splitlines()
+    assert first.startswith(" megatron_sat 0.")
+    if not torch.cuda.is_available():
+        assert all(line.startswith(" ") for line in lines), "something else wrote a line"
+
+
 def errors(process: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
 
