@@ -158,5 +158,7 @@ def test_a_mistake_that_one_rank_sees_ends_all(tmp_path, tiny_data):
     assert message == f"error: --train-data-path: {tiny_data}_elsewhere.idx does not exist"
     # torchrun ends a rank that is still about to exit.
     assert "exitcode  : 2" in process.stderr
+    # What it says last, below its own traceback, is ours.
+    assert process.stderr.splitlines()[-2].strip() == f"traceback : {message}"
     assert "RanksStopped" not in process.stderr
     assert not (tmp_path / "save").exists()
