@@ -155,6 +155,16 @@ def test_commands_of_the_documentation_parse(page, monkeypatch):
                 assert (REPOSITORY / word).exists(), command
 
 
+def test_folders_that_the_documentation_writes_to_are_ignored():
+    text = "\n".join(command for page in PAGES for command in commands(page))
+    written = r"(?:--output-prefix|--output|--save-hf|--save|\bOUTPUT=|\bSAVE=)[ =]*([\w.-]+)/"
+    folders = set(re.findall(written, text))
+    assert folders >= {"data", "runs", "out", "checkpoints"}
+    assert {f"/{folder}/" for folder in folders} <= set(
+        (REPOSITORY / ".gitignore").read_text().splitlines()
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_and_links_of_the_documentation_exist(page):
     text = page.read_text()
