@@ -29,7 +29,7 @@ optional=()
 [[ -z ${VALID:-} ]] || optional+=(--valid-data $VALID)
 [[ -z ${LOAD:-} ]] || optional+=(--load "$LOAD" --finetune)
 
-exec deepspeed --num_gpus "${GPUS:-8}" "$repository/pretrain_sat.py" \
+exec deepspeed --quiet --num_gpus "${GPUS:-8}" "$repository/pretrain_sat.py" \
     --num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 \
     --seq-length 4096 --untie-embeddings-and-output-weights \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER" \

@@ -35,7 +35,7 @@ if ((${TENSOR_PARALLEL:-1} > 1)); then
     optional+=(--tensor-model-parallel-size "$TENSOR_PARALLEL" --sequence-parallel)
 fi
 
-exec deepspeed --hostfile "$HOSTFILE" "$repository/pretrain_sat.py" \
+exec deepspeed --quiet --hostfile "$HOSTFILE" "$repository/pretrain_sat.py" \
     --num-layers 40 --hidden-size 5120 --ffn-hidden-size 13824 --num-attention-heads 40 \
     --seq-length 4096 --untie-embeddings-and-output-weights \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER" \

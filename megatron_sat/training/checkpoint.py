@@ -167,6 +167,7 @@ def save_checkpoint(
     state: SATState,
     scheduler_state: Mapping[str, Any],
     padded_vocab_size: int,
+    data: Mapping[str, Any],
 ) -> Path:
     """Write ``<save>/global_step<iteration>`` and then let ``latest`` name it. Collective.
 
@@ -199,6 +200,7 @@ def save_checkpoint(
                 "world_size": dist.get_world_size(),
                 "padded_vocab_size": padded_vocab_size,
                 "scheduler": dict(scheduler_state),
+                "data": dict(data),
                 "sat": sat_state,
                 "files": _sizes(unfinished),
             }

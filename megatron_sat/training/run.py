@@ -1,6 +1,7 @@
 """A run from its command line to its end: builds what the loop needs, in the order in which
 mistakes can be found soonest."""
 
+import functools
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +40,14 @@ from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
-from megatron_sat.training.resume import check_save_folder
+from megatron_sat.training.resume import (
+    check_data,
+    check_save_folder,
+    check_settings,
+    comparable_losses,
+    notes_on_resume,
+    total_samples,
+)
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.validation import check_paths, check_sat_layout
 
@@ -74,6 +82,8 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         if config.checkpoint.load is not None:
             stored = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.ckpt_step)
             check_compatible(stored, config, world_size=world_size, padded_vocab_size=padded_vocab)
+            if resuming:
+                check_settings(stored, config)
         elif config.checkpoint.load_hf is not None:
             weights = open_weights(config, padded_vocab=padded_vocab)
         check_exports(
@@ -82,7 +92,11 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             iteration=stored.progress.iteration if stored is not None and resuming else 0,
         )
     initialize(config)
-    datasets = build_datasets(config, tokenizer)
+    check, samples = None, None
+    if stored is not None and resuming:
+        check = functools.partial(check_data, stored, config)
+        samples = total_samples(stored.progress, config)
+    datasets = build_datasets(config, tokenizer, samples=samples, check=check)
 
     tuned = _autotune(config, stored if resuming else None)
     state = SATState(config.sat)
@@ -94,6 +108,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     progress = Progress()
     if stored is not None:
         progress = load_checkpoint(engine, stored, config=config, state=state)
+        progress = comparable_losses(progress, stored, datasets.described)
         with ranks_agree("continuing the learning-rate schedule"):
             if not config.finetune:
                 learning_rate.load_state_dict(
@@ -129,6 +144,9 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         display.message(_describe(config, state, engine, stored, progress))
         if tuned is not None:
             display.message("\n".join(tuned.lines()))
+        if stored is not None and resuming:
+            for note in notes_on_resume(stored, config, datasets.described):
+                display.message(f" {note}")
         try:
             trainer = Trainer(
                 config,
@@ -225,10 +243,4 @@ def _describe(
     if stored is not None:
         how = "weights of" if config.finetune else "continuing"
         lines.append(f" {how} {stored.folder}, at iteration {progress.iteration}")
-        was = stored.config.micro_batch_size
-        if config.sat is not None and not config.finetune and config.micro_batch_size != was:
-            lines.append(
-                f" --micro-batch-size is {config.micro_batch_size} and was {was}: subsets are now "
-                "chosen by other tokens, and differ from those of the run as it was"
-            )
     return "\n".join(lines)
