@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors.torch import load_file
 
 from megatron_sat.checkpoint.convert import convert
@@ -248,6 +249,54 @@ def test_bfloat16_goes_on_with_its_optimizer(tmp_path: Path, tiny_data: Path) ->
     # Seen: 0.001, and 0.07 with a new optimizer.
     assert difference(runs[0], reference) < 0.01
     assert difference(runs[1], reference) > 0.05
+
+
+class PlainCPUAdam(DeepSpeedCPUAdam):
+    """DeepSpeed's optimizer of offloaded states, which counts in plain numbers, without its C++,
+    whose compilation takes a minute."""
+
+    def __init__(self, groups: Any, *, adamw_mode: bool, **defaults: Any) -> None:
+        assert adamw_mode
+        torch.optim.Optimizer.__init__(self, groups, {"amsgrad": False, **defaults})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    moments = {kind: torch.zeros_like(p) for kind in MOMENTS}
+                    state.update(step=0, **moments)
+                state["step"] += 1
+                assert type(state["step"]) is int
+                mean, square = (state[kind] for kind in MOMENTS)
+                mean.lerp_(p.grad, 1 - beta1)
+                square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(mean, root, value=-lr / (1 - beta1 ** state["step"]))
+
+
+def train_offloaded(argv: list[str]) -> None:
+    with mock.patch("megatron_sat.training.model.DeepSpeedCPUAdam", PlainCPUAdam):
+        train(argv)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_states_move_to_the_cpu_and_back(tmp_path: Path, tiny_data: Path, stage: int) -> None:
+    settings = tmp_path / "offload.json"
+    settings.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    offload = f"--deepspeed_config {settings} --zero-stage {stage} "
+    flags = f"{SHORT}--train-iters 6 --save-interval 2 "
+    saves = [tmp_path / name for name in ("first", "there", "back")]
+    reference = training(train_on_ranks(run_flags(tiny_data, flags, save=saves[0]), 2))
+    there = f"{flags}{offload}{TENSOR_PARALLEL}--load {saves[0]} --ckpt-step 2"
+    run_on_ranks(train_offloaded, 2, run_flags(tiny_data, there, save=saves[1]))
+    back = f"{flags}--load {saves[1]} --ckpt-step 4"
+    train_on_ranks(run_flags(tiny_data, back, save=saves[2]), 2)
+    for save, first in ((saves[1], 2), (saves[2], 4)):
+        assert difference(training(metrics(save)), reference[first:]) < 1e-4
 
 
 def smallest_share(argv: list[str]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What cannot go on in another layout: one message, on all ranks, before any work or while loading."""
+"""What cannot go on in another layout: one message on all ranks, before any work or on loading."""
 
 import json
 import shutil
