@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sat.config import Module, SATConfig
@@ -289,6 +290,8 @@ class SATState:
     def _warn_of_unequal_work(self, tensor_parallel: int) -> None:
         if self.selection_groups % tensor_parallel and not self._warned:
             self._warned = True
+            if dist.is_initialized() and dist.get_rank() != 0:
+                return  # one line of a run, not of each rank
             logger.warning(
                 "selection_groups=%d is not a multiple of the tensor-parallel size %d: ranks get "
                 "unequal work",

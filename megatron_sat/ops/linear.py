@@ -61,7 +61,7 @@ def column_weight_grad(
     """dweight [rows, in], of which the kept rows are dy [T, m].T @ x [T, in]."""
     if index.numel() == 0:
         return x.new_zeros(rows, x.shape[1])
-    layout = {"unit": unit, "sections": sections}
+    layout: Any = {"unit": unit, "sections": sections}
     width = _part(x.shape[1], dy.shape[1], rows, tokens=dy.shape[0])
     if width == x.shape[1]:
         return scatter_rows(dy.t() @ x, index, rows=rows, **layout)

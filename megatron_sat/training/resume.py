@@ -103,12 +103,6 @@ def notes_on_resume(
             f"nothing is left to train: iteration {stored.progress.iteration} of "
             f"{config.train_iters} is done; raise --train-iters to go on"
         )
-    old, new = stored.config.micro_batch_size, config.micro_batch_size
-    if config.sat is not None and new != old:
-        notes.append(
-            f"--micro-batch-size is {new} and was {old}: subsets are now chosen by other tokens, "
-            "and differ from those of the run as it was"
-        )
     counts = [total_samples(stored.progress, run) for run in (stored.config, config)]
     most = max(counts) * config.model.seq_length
     if counts[0] != counts[1] and any(

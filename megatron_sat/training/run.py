@@ -40,6 +40,7 @@ from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
+from megatron_sat.training.reshard import Resharding, other_subsets, plan_resharding
 from megatron_sat.training.resume import (
     check_data,
     check_save_folder,
@@ -63,6 +64,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     stored: StoredCheckpoint | None = None
     weights: HFWeights | None = None
+    resharding: Resharding | None = None
     with ranks_agree("checking the configuration"):
         resuming = config.checkpoint.load is not None and not config.finetune
         check_sat_layout(config, resuming=resuming)
@@ -81,7 +83,10 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         padded_vocab = _padded_vocab(config, vocab_size)
         if config.checkpoint.load is not None:
             stored = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.ckpt_step)
-            check_compatible(stored, config, world_size=world_size, padded_vocab_size=padded_vocab)
+            check_compatible(stored, config)
+            resharding = plan_resharding(
+                stored, config, world_size=world_size, padded_vocab=padded_vocab
+            )
             if resuming:
                 check_settings(stored, config)
         elif config.checkpoint.load_hf is not None:
@@ -103,11 +108,15 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
     if weights is not None:
         load_weights(model, weights)
+    if resharding is not None:
+        resharding.load_model(model)
     engine = build_engine(model, config, deepspeed_config=deepspeed_config)
     learning_rate = LearningRate(engine.optimizer, config.optimizer)
     progress = Progress()
     if stored is not None:
-        progress = load_checkpoint(engine, stored, config=config, state=state)
+        progress = load_checkpoint(
+            engine, stored, config=config, state=state, resharding=resharding
+        )
         progress = comparable_losses(progress, stored, datasets.described)
         with ranks_agree("continuing the learning-rate schedule"):
             if not config.finetune:
@@ -141,7 +150,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             step_work=step_work,
         )
     with display:
-        display.message(_describe(config, state, engine, stored, progress))
+        display.message(_describe(config, state, engine, stored, progress, resharding))
         if tuned is not None:
             display.message("\n".join(tuned.lines()))
         if stored is not None and resuming:
@@ -191,6 +200,7 @@ def _describe(
     engine: Any,
     stored: StoredCheckpoint | None,
     progress: Progress,
+    resharding: Resharding | None,
 ) -> str:
     """What runs, in a few lines."""
     parallel, world_size = config.parallel, dist.get_world_size()
@@ -243,4 +253,8 @@ def _describe(
     if stored is not None:
         how = "weights of" if config.finetune else "continuing"
         lines.append(f" {how} {stored.folder}, at iteration {progress.iteration}")
+        if resharding is not None:
+            lines.append(f" {resharding.describe()}")
+        if (note := other_subsets(stored, config, world_size=world_size)) is not None:
+            lines.append(f" {note}")
     return "\n".join(lines)

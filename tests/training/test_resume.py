@@ -140,7 +140,7 @@ def test_other_micro_batches_are_mentioned(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, "--train-iters 3 --sat-omission-rate 0.5 --eval-iters 0 ")
     train_on_ranks([*argv, "--save", str(tmp_path)], 1)
     argv += ["--load", str(tmp_path)]
-    warning = "--micro-batch-size is 4 and was 2: subsets are now chosen by other tokens"
+    warning = "data-parallel size x --micro-batch-size is 1 x 4 and was 1 x 2: subsets are now "
     for flags, expected in (
         ([], False),
         (["--micro-batch-size", "4"], True),
