@@ -161,9 +161,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 OTHERS = {
     "--num-layers 3": "num_layers is 2 in the checkpoint and 3 in this run",
-    TENSOR_PARALLEL: "tensor_model_parallel_size is 1 in the checkpoint and 2 in this run",
-    "--zero-stage 1": "zero_stage is 3 in the checkpoint and 1 in this run",
-    "--vocab-size 200": "padded_vocab_size is 128 in the checkpoint and 208 in this run",
+    "--vocab-size 200": "vocab_size is 128 in the checkpoint and 200 in this run",
     "--sat-omission-rate 0.3": "sat_omission_rate is 0.5 in the checkpoint and 0.3 in this run",
     "--lr 0.005": "--lr is 0.005, but the checkpoint has 0.01",
     "--seed 7": "--seed is 1234 in the checkpoint and 7 in this run",
