@@ -185,6 +185,7 @@ def test_flags_and_links_of_the_documentation_exist(page):
 def test_table_of_flags_has_every_setting_with_its_default():
     readme = (REPOSITORY / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(--sat-[\w-]+)` \|[^|]*\| ([^|]*?) \|", readme, re.MULTILINE))
+    assert rows.pop("--sat-autotune") == "off"
     assert set(rows) == {"--sat-" + item.name.replace("_", "-") for item in fields(SATConfig)}
     config = parse_args([*MINIMAL.split(), "--sat-omission-rate", "0.5"], world_size=1).sat
     for name, default in {**config.to_dict(), "omission_rate": 0.0}.items():

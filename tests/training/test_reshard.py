@@ -79,8 +79,8 @@ def test_the_curve_goes_on_and_comes_back(
     flags = f"{SAT}{layout}--load {at_once[start]} --ckpt-step 8 --save-interval 16 "
     lines = train_on_ranks(run_flags(tiny_data, flags, save=tmp_path / "on"), 2)
     flags = f"{SAT}{back}--load {tmp_path / 'on'} --ckpt-step 16 --save-hf {tmp_path / 'live'} "
-    returned = train_on_ranks(run_flags(tiny_data, flags, save=tmp_path / "back"), 2)
-    for run, first in ((training(lines), 9), (training(returned), 17)):
+    returned = train_on_ranks(run_flags(tiny_data, flags, save=tmp_path / "on"), 2)
+    for run, first in ((training(lines), 9), (training(returned, after=16), 17)):
         expected = training(reference, after=first - 1)
         assert [line["iteration"] for line in run] == list(range(first, 29))
         assert len({line["omission_rate"] for line in run}) >= 2
@@ -90,7 +90,8 @@ def test_the_curve_goes_on_and_comes_back(
         assert difference(run, expected) < 1e-3
         pairs = zip(run, expected, strict=True)
         assert sum(a["selection_checksum"] != b["selection_checksum"] for a, b in pairs) <= 1
-    offline = convert(find_checkpoint(str(tmp_path / "back")), tmp_path / "offline")
+    # The return has put its checkpoint of step 28 in the place of the other layout's.
+    offline = convert(find_checkpoint(str(tmp_path / "on")), tmp_path / "offline")
     exported = load_file(tmp_path / "live" / "model.safetensors")
     for name, tensor in load_file(offline / "model.safetensors").items():
         assert torch.equal(tensor, exported[name]), name
@@ -243,8 +244,8 @@ def test_bfloat16_goes_on_with_its_optimizer(tmp_path: Path, tiny_data: Path) ->
     reference = training(train_on_ranks(argv, 2), after=5)
     flags += f"{TENSOR_PARALLEL}--zero-stage 3 --load {first} --ckpt-step 5 "
     runs = [
-        training(train_on_ranks(run_flags(tiny_data, flags + more, save=tmp_path / "on"), 2))
-        for more in ("", "--no-load-optim")
+        training(train_on_ranks(run_flags(tiny_data, flags + more, save=tmp_path / name), 2))
+        for name, more in (("with", ""), ("without", "--no-load-optim"))
     ]
     # Seen: 0.001, and 0.07 with a new optimizer.
     assert difference(runs[0], reference) < 0.01
