@@ -138,10 +138,10 @@ def test_more_samples_reorder_data_that_are_used_more_than_once(data: Path) -> N
         assert note.startswith(f"the run has {now} samples in all and had {before}: data that")
         assert notes(stored(**a, samples=now), **a, samples=now) == []
     assert len(order[24]) * SEQ_LENGTH < sum(LENGTHS)
-    # In a blend the part that is used up first decides.
-    mixed = blend(data, 0.9, "a", 0.1, "b")
-    assert notes(stored(**mixed, samples=20), **mixed, samples=24) == []
-    assert len(notes(stored(**mixed, samples=24), **mixed, samples=32)) == 1
+    # In a blend the part that is used up first decides: 40 samples take 480 tokens of the larger.
+    halves, quarter = blend(data, 1, "a", 1, "b"), blend(data, 3, "a", 1, "b")
+    assert notes(stored(**halves, samples=32), **halves, samples=40) == []
+    assert len(notes(stored(**quarter, samples=32), **quarter, samples=40)) == 1
 
 
 def test_a_smaller_batch_on_resume_finds_data_enough(tmp_path: Path) -> None:
