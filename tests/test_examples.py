@@ -173,6 +173,7 @@ def test_flags_and_links_of_the_documentation_exist(page):
     others |= {"--include_path", "--num_fewshot", "--batch_size", "--device"}  # lm_eval's
     sources = [
         *(REPOSITORY / "tools").glob("*.py"),
+        *(REPOSITORY / "benchmarks").glob("*.py"),
         REPOSITORY / "megatron_sat/checkpoint/convert.py",
     ]
     tools = "".join(path.read_text() for path in sources)

@@ -14,9 +14,8 @@ import torch.distributed as dist
 
 import megatron_sat
 from megatron_sat.checkpoint.hf_import import HFWeights
-from megatron_sat.schedule import OmissionSchedule
-from megatron_sat.state import SATState, counts_by_rate
-from megatron_sat.training.autotune import Autotuned, autotune
+from megatron_sat.state import SATState
+from megatron_sat.training.autotune import autotune, check_resumed
 from megatron_sat.training.checkpoint import (
     Progress,
     StoredCheckpoint,
@@ -89,6 +88,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             )
             if resuming:
                 check_settings(stored, config)
+                check_resumed(config, stored)
         elif config.checkpoint.load_hf is not None:
             weights = open_weights(config, padded_vocab=padded_vocab)
         check_exports(
@@ -103,7 +103,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         samples = total_samples(stored.progress, config)
     datasets = build_datasets(config, tokenizer, samples=samples, check=check)
 
-    tuned = _autotune(config, stored if resuming else None)
+    tuned = autotune(config, stored if resuming else None)
     state = SATState(config.sat)
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
     if weights is not None:
@@ -125,7 +125,8 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
                 )
 
     if tuned is not None:
-        state.set_kept_counts(tuned.kept_counts)
+        with ranks_agree("taking the counts of --sat-autotune"):
+            state.set_kept_counts(tuned.kept_counts)
 
     sinks, display = MetricsSinks([]), Display()
     with ranks_agree("opening the logs"):
@@ -172,18 +173,6 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         finally:
             sinks.close()
     return trainer
-
-
-def _autotune(config: TrainingConfig, resumed: StoredCheckpoint | None) -> Autotuned | None:
-    """The counts of ``--sat-autotune``; None without it, and where a resumed run has its own."""
-    if config.sat is None or config.sat_autotune is None:
-        return None
-    if resumed is not None:
-        stored = counts_by_rate(resumed.run_state["sat"].get("kept_counts", []))
-        schedule = OmissionSchedule.from_config(config.sat)
-        if stored and all(stage.rate in stored for stage in schedule.stages() if stage.rate > 0):
-            return None
-    return autotune(config)
 
 
 def _padded_vocab(config: TrainingConfig, vocab_size: int) -> int:
@@ -240,10 +229,12 @@ def _describe(
         )
         left_out = state.effective_rates_at(sat.omission_rate)
         lines.append(
-            f" after rounding that leaves out {left_out['attention']:.3f} of the heads and "
+            f" as it runs, that leaves out {left_out['attention']:.3f} of the heads and "
             f"{left_out['mlp']:.3f} of the channels"
         )
-        if not any(left_out.values()) and config.sat_autotune is None:
+        if any(state.kept_count(module, sat.omission_rate) for module in sat.modules):
+            lines.append(" heads and channels are counted as --sat-autotune found them fast")
+        elif not any(left_out.values()):
             lines.append(
                 " WARNING: nothing is left out: too few heads, and --sat-channel-multiple "
                 f"{sat.channel_multiple} is too coarse for these channels"
