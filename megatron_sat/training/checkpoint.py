@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 LATEST = "latest"
 RUN_STATE = "run_state.json"
 RANKINGS = "sat_rankings.safetensors"
+UNFINISHED = "unfinished-"
+"""Before the name of a checkpoint that is being written."""
 _FORMAT = 1
 _REPLACED = "replaced-"
 
@@ -173,7 +175,7 @@ def save_checkpoint(
     assert config.checkpoint.save is not None
     save = Path(config.checkpoint.save)
     folder = save / _tag(progress.iteration)
-    unfinished = save / f"unfinished-{folder.name}"
+    unfinished = save / f"{UNFINISHED}{folder.name}"
     on_first_rank = dist.get_rank() == 0
     with ranks_agree(f"making room for {folder}"):
         if on_first_rank and unfinished.exists():  # left by a run that was killed
