@@ -304,6 +304,8 @@ def _load_engine(engine: Any, stored: StoredCheckpoint, config: TrainingConfig) 
             (settings.adam_beta1, settings.adam_beta2),
             settings.adam_eps,
         )
+    if hasattr(engine.optimizer, "clip_grad"):  # restored as well, at stages 1 and 2
+        engine.optimizer.clip_grad = settings.clip_grad
     if config.finetune or config.checkpoint.no_load_optim:
         _reset_optimizer(engine)
 
