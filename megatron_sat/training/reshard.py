@@ -38,16 +38,22 @@ class RunLayout:
     zero_stage: int
     offloaded: bool
     """Optimizer states are on the CPU."""
+    round_robin: bool
+    """A group's parameters lie in another order, dealt out to the data-parallel ranks."""
     padded_vocab: int
 
     @classmethod
     def of(cls, config: TrainingConfig, *, world_size: int, padded_vocab: int) -> "RunLayout":
         """The layout of a run on `world_size` ranks."""
+        data_parallel = config.data_parallel_size(world_size)
+        stage = config.parallel.zero_stage
+        dealt = json_value(config.deepspeed_config, "zero_optimization.round_robin_gradients")
         return cls(
-            data_parallel=config.data_parallel_size(world_size),
+            data_parallel=data_parallel,
             tensor_parallel=config.parallel.tensor_model_parallel_size,
-            zero_stage=config.parallel.zero_stage,
+            zero_stage=stage,
             offloaded=offloads_optimizer(config.deepspeed_config),
+            round_robin=bool(dealt) and stage in (1, 2) and data_parallel > 1,
             padded_vocab=padded_vocab,
         )
 
@@ -60,7 +66,8 @@ class RunLayout:
     def __str__(self) -> str:
         return (
             f"DP {self.data_parallel} x TP {self.tensor_parallel} (ZeRO {self.zero_stage}"
-            f"{', offloaded' if self.offloaded else ''})"
+            f"{', offloaded' if self.offloaded else ''}"
+            f"{', round robin' if self.round_robin else ''})"
         )
 
 

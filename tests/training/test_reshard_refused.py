@@ -14,7 +14,7 @@ from megatron_sat.checkpoint.reshard import ReshardedStates
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.checkpoint import check_compatible, find_checkpoint
+from megatron_sat.training.checkpoint import RUN_STATE, check_compatible, find_checkpoint
 from megatron_sat.training.initialize import RanksStopped
 from megatron_sat.training.reshard import Resharding, plan_resharding
 
@@ -79,6 +79,34 @@ def test_what_else_cannot_be_resharded_is_refused_with_both_values(
     assert plan(saved, tiny_data, f"--deepspeed_config {written}") is not None
     with pytest.raises(ValueError, match=r'round_robin_gradients": true; valid .*: false$'):
         plan(saved, tiny_data, f"--zero-stage 2 --deepspeed_config {written}")
+
+
+def rewritten(save: Path, zero: dict[str, Any]) -> Path:
+    """`save`, whose run now had these settings of "zero_optimization"."""
+    for path in save.glob(f"*/{RUN_STATE}"):
+        run_state = json.loads(path.read_text())
+        run_state["config"]["deepspeed_config"] = {"zero_optimization": zero}
+        path.write_text(json.dumps(run_state))
+    return save
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_another_order_within_the_groups_is_another_layout(
+    saved: Path, tmp_path: Path, tiny_data: Path, stage: int
+) -> None:
+    written = tmp_path / "deepspeed.json"
+    written.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    dealt = f"--zero-stage {stage} --deepspeed_config {written}"
+    with pytest.raises(ValueError, match=r'round_robin_gradients": true; valid .*: false$'):
+        plan(saved, tiny_data, dealt, world_size=2)
+    save = rewritten(shutil.copytree(saved, tmp_path / "run"), {"round_robin_gradients": True})
+    on = plan(save, tiny_data, "--zero-stage 1", world_size=2)
+    assert on is not None and on.keeps_ranks
+    assert on.describe() == (
+        "resharding from DP 2 x TP 1 (ZeRO 1, round robin) to DP 2 x TP 1 (ZeRO 1)"
+    )
+    if stage == 1:
+        assert plan(save, tiny_data, dealt, world_size=2) is None
 
 
 def stopped(argv: list[str]) -> str:
