@@ -82,7 +82,7 @@ class DeepSpeedWeights:
         values = self._find(name, rank).values
         if kind not in values:
             raise ValueError(f"{self.folder}: rank {rank} has no {kind} of {name}")
-        return values[kind].narrow(start, stop).read()
+        return values[kind].narrow(start, stop, f"{kind} of {name}").read()
 
     def _find(self, name: str, rank: int) -> "_Stored":
         if name not in self._parameters[rank]:
@@ -95,17 +95,19 @@ class DeepSpeedWeights:
             return self._open_stage3(rank)
         states = _load(whole)
         parameters = {
-            name: _Stored(tuple(tensor.shape), {"weight": _Flat([tensor])})
+            name: _Stored(tuple(tensor.shape), {"weight": _Flat([_Piece(tensor, whole)])})
             for name, tensor in states["module"].items()
             if isinstance(tensor, Tensor)
         }
         if states["optimizer"] is not None:
-            self._add_stage0(parameters, states["optimizer"])
+            self._add_stage0(parameters, whole, states["optimizer"])
         elif states["param_shapes"] is not None:
             self._add_stage12(parameters, rank, states)
         return parameters
 
-    def _add_stage0(self, parameters: dict[str, "_Stored"], optimizer: Mapping[str, Any]) -> None:
+    def _add_stage0(
+        self, parameters: dict[str, "_Stored"], file: Path, optimizer: Mapping[str, Any]
+    ) -> None:
         adam = optimizer.get("optimizer_state_dict", optimizer)
         masters = optimizer.get("fp32_groups")
         groups = zip(self._groups(list(parameters)), adam["param_groups"], strict=True)
@@ -113,66 +115,85 @@ class DeepSpeedWeights:
             for index, (name, key) in enumerate(zip(names, group["params"], strict=True)):
                 values = parameters[name].values
                 if masters is not None:
-                    values["weight"] = _Flat([masters[number][index]])
+                    values["weight"] = _Flat([_Piece(masters[number][index], file)])
                 if key in adam["state"]:
-                    state = adam["state"][key]
-                    self._steps.add(int(state["step"]))
-                    values |= {kind: _Flat([state[kind]]) for kind in MOMENTS}
+                    values |= self._moments([(file, [adam["state"][key]])])
+                parameters[name] = _Stored.cut(name, parameters[name].shape, values)
 
     def _add_stage12(
         self, parameters: dict[str, "_Stored"], rank: int, states: Mapping[str, Any]
     ) -> None:
         optimizers = self._optimizers(rank, states["dp_world_size"])
-        paddings = optimizers[0].get("param_alignment_paddings")
+        paddings = next(iter(optimizers.values())).get("param_alignment_paddings")
+        adams = [(file, _ordered(o["base_optimizer_state"])) for file, o in optimizers.items()]
         for number, shapes in enumerate(states["param_shapes"]):
-            flat: dict[Kind, _Flat] = {
-                "weight": _Flat([o["single_partition_of_fp32_groups"][number] for o in optimizers])
-            }
-            adams = [_ordered(optimizer["base_optimizer_state"]) for optimizer in optimizers]
-            flat |= self._moments([[adam[number]] for adam in adams])
+            masters = [
+                _Piece(o["single_partition_of_fp32_groups"][number], file)
+                for file, o in optimizers.items()
+            ]
+            flat: dict[Kind, _Flat] = {"weight": _Flat(masters)}
+            flat |= self._moments([(file, [adam[number]]) for file, adam in adams])
+            # Ranks have equal partitions, but for padding that is left out of the last.
+            flat = {kind: value.partitioned() for kind, value in flat.items()}
             offset = 0
             for index, (name, shape) in enumerate(shapes.items()):
                 end = offset + math.prod(shape)
-                values = {kind: value.narrow(offset, end) for kind, value in flat.items()}
+                values = {
+                    kind: value.narrow(offset, end, f"{kind} of {name}")
+                    for kind, value in flat.items()
+                }
                 parameters[name] = _Stored(tuple(shape), values)
                 offset = end + (0 if paddings is None else paddings[number][index])
 
     def _open_stage3(self, rank: int) -> dict[str, "_Stored"]:
         pattern = "zero_pp_rank_{}_mp_rank_" + f"{rank:02d}_model_states.pt"
         first = _load(self.folder / pattern.format(0))
-        ranks = range(first["dp_world_size"])
-        states = [_load(self.folder / pattern.format(number)) for number in ranks]
-        optimizers = self._optimizers(rank, len(ranks))
+        files = [self.folder / pattern.format(n) for n in range(first["dp_world_size"])]
+        states = {file: _load(file) for file in files}
+        optimizers = self._optimizers(rank, len(files))
         # By kind, each data-parallel rank's partitions.
         flat: dict[Kind, list[_Flat]] = {
-            "weight": [_Flat(o["fp32_flat_groups"]) for o in optimizers]
+            "weight": [
+                _Flat([_Piece(tensor, file) for tensor in o["fp32_flat_groups"]])
+                for file, o in optimizers.items()
+            ]
         }
-        adams = [_ordered(optimizer["optimizer_state_dict"]) for optimizer in optimizers]
-        for adam in adams:
-            for kind, value in self._moments([adam]).items():
+        for file, optimizer in optimizers.items():
+            adam = _ordered(optimizer["optimizer_state_dict"])
+            for kind, value in self._moments([(file, adam)]).items():
                 flat.setdefault(kind, []).append(value)
         parameters: dict[str, _Stored] = {}
         offset = 0
         for shapes in first["param_shapes"]:
             for name, shape in shapes.items():
-                end = offset + math.ceil(math.prod(shape) / len(ranks))
+                end = offset + math.ceil(math.prod(shape) / len(files))
                 values = {
-                    kind: _Flat.joined([value.narrow(offset, end) for value in partitions])
+                    kind: _Flat.joined(
+                        [value.narrow(offset, end, f"{kind} of {name}") for value in partitions]
+                    )
                     for kind, partitions in flat.items()
                 }
-                parameters[name] = _Stored.cut(shape, values)
+                parameters[name] = _Stored.cut(name, shape, values)
                 offset = end
         for name, shape in (first["frozen_param_shapes"] or {}).items():
-            parts = [state["frozen_param_fragments"][name] for state in states]
-            parameters[name] = _Stored.cut(shape, {"weight": _Flat(parts)})
+            parts = [
+                _Piece(state["frozen_param_fragments"][name], file)
+                for file, state in states.items()
+            ]
+            parameters[name] = _Stored.cut(name, shape, {"weight": _Flat(parts).partitioned()})
         return parameters
 
-    def _moments(self, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> dict[Kind, "_Flat"]:
-        """Adam's states of data-parallel ranks, each of a row of tensors, as one of each kind."""
-        states = [state for row in ranks for state in row]
-        self._steps.update(int(state["step"]) for state in states if state)
-        kinds = [kind for kind in MOMENTS if all(kind in state for state in states)]
-        return {kind: _Flat([state[kind] for state in states]) for kind in kinds}
+    def _moments(
+        self, ranks: Sequence[tuple[Path, Sequence[Mapping[str, Any]]]]
+    ) -> dict[Kind, "_Flat"]:
+        """Adam's states of data-parallel ranks, each of a file and a row of tensors, as one of each
+        kind."""
+        states = [(file, state) for file, row in ranks for state in row]
+        self._steps.update(int(state["step"]) for _, state in states if state)
+        kinds = [kind for kind in MOMENTS if all(kind in state for _, state in states)]
+        return {
+            kind: _Flat([_Piece(state[kind], file) for file, state in states]) for kind in kinds
+        }
 
     def _groups(self, names: Sequence[str]) -> list[list[str]]:
         """The optimizer's groups, which the files of stage 0 do not name."""
@@ -181,38 +202,81 @@ class DeepSpeedWeights:
         groups = [[name for name in names if is_decayed(name) is kind] for kind in (True, False)]
         return [group for group in groups if group]
 
-    def _optimizers(self, rank: int, data_parallel: int) -> list[dict[str, Any]]:
+    def _optimizers(self, rank: int, data_parallel: int) -> dict[Path, dict[str, Any]]:
+        """What the data-parallel ranks' files hold, in the order of the ranks."""
         names = [
             f"zero_pp_rank_{number}_mp_rank_{rank:02d}_optim_states.pt"
             for number in range(data_parallel)
         ]
         if (self.folder / f"bf16_{names[0]}").exists():
             names = [f"bf16_{name}" for name in names]
-        return [_load(self.folder / name)["optimizer_state_dict"] for name in names]
+        files = [self.folder / name for name in names]
+        return {file: _load(file)["optimizer_state_dict"] for file in files}
+
+
+class _Piece:
+    """A tensor of a file, flat and not read before a part is asked for.
+
+    It holds the entries from `start` on of what it is a piece of.
+    """
+
+    def __init__(self, tensor: Tensor, file: Path, start: int = 0) -> None:
+        self.values = tensor.detach().reshape(-1)
+        self.file = file
+        self.start = start
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.values.numel()
 
 
 class _Flat:
-    """Flat tensors one after the other, not read before a part is asked for."""
+    """Pieces one after the other."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = [tensor.detach().reshape(-1) for tensor in tensors]
+    def __init__(self, pieces: Sequence[_Piece]) -> None:
+        self._pieces = []
+        start = 0
+        for piece in pieces:
+            self._pieces.append(_Piece(piece.values, piece.file, start))
+            start += piece.values.numel()
 
-    def narrow(self, start: int, stop: int) -> "_Flat":
-        """Entries `start` to `stop`."""
-        parts, offset = [], 0
-        for tensor in self._tensors:
-            low, high = max(start - offset, 0), min(stop - offset, tensor.numel())
-            if low < high:
-                parts.append(tensor[low:high])
-            offset += tensor.numel()
+    def partitioned(self) -> "_Flat":
+        """With each piece where it begins if all are of one length; the last may be shorter."""
+        result = _Flat([])
+        length = max(piece.values.numel() for piece in self._pieces)
+        result._pieces = [
+            _Piece(piece.values, piece.file, number * length)
+            for number, piece in enumerate(self._pieces)
+        ]
+        return result
+
+    def narrow(self, start: int, stop: int, what: str) -> "_Flat":
+        """Entries `start` to `stop`. ValueError if one is missing, with the file that should have
+        it and `what` it is of."""
+        parts = []
+        position, file = start, self._pieces[0].file
+        for piece in self._pieces:
+            if piece.start > position:
+                break
+            file = piece.file
+            high = min(stop, piece.stop)
+            if position < high:
+                values = piece.values[position - piece.start : high - piece.start]
+                parts.append(_Piece(values, file))
+                position = high
+        if position != stop:
+            raise ValueError(
+                f"{file} is damaged: {what} ends after {position - start} of {stop - start} values"
+            )
         return _Flat(parts)
 
     def read(self) -> Tensor:
-        return self._tensors[0] if len(self._tensors) == 1 else torch.cat(self._tensors)
+        tensors = [piece.values for piece in self._pieces]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     @classmethod
     def joined(cls, flats: Sequence["_Flat"]) -> "_Flat":
-        return cls([tensor for flat in flats for tensor in flat._tensors])
+        return cls([piece for flat in flats for piece in flat._pieces])
 
 
 @dataclass(frozen=True)
@@ -223,10 +287,11 @@ class _Stored:
     values: dict[Kind, _Flat]
 
     @classmethod
-    def cut(cls, shape: Sequence[int], values: Mapping[Kind, _Flat]) -> "_Stored":
+    def cut(cls, name: str, shape: Sequence[int], values: Mapping[Kind, _Flat]) -> "_Stored":
         """Without the padding that follows what `shape` holds."""
         length = math.prod(shape)
-        return cls(tuple(shape), {kind: flat.narrow(0, length) for kind, flat in values.items()})
+        cut = {kind: flat.narrow(0, length, f"{kind} of {name}") for kind, flat in values.items()}
+        return cls(tuple(shape), cut)
 
 
 def _ordered(optimizer: Mapping[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:

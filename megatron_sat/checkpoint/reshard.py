@@ -127,13 +127,23 @@ class ReshardedStates:
         return flat.view(-1, width)[:, move.first : move.first + move.stop - move.start]
 
     def _moves(self, name: str, shard: Shard) -> list[Move]:
-        stored = self._weights.shape(name, rank=0)
-        if shard.axis is None:
-            assert stored == shard.shape, f"{name}: {stored} stored, {shard.shape} here"
-            return [Move(0, shard.shape[0], 0, 0)]
         old_size = self._weights.tensor_parallel
-        length = shard.shape[shard.axis] * self._size
-        old_length = stored[shard.axis] * old_size
+        stored = self._weights.shape(name, rank=0)
+        vocabulary = name in (EMBEDDING, OUTPUT)
+        wanted = list(shard.shape)
+        if shard.axis is not None:
+            length = shard.shape[shard.axis] * self._size
+            old_length = stored[shard.axis] * old_size
+            wanted[shard.axis] = stored[0] if vocabulary else length // old_size
+        for rank in range(old_size):
+            shape = self._weights.shape(name, rank=rank)
+            if shape != tuple(wanted) or (vocabulary and shape[0] * old_size < self._vocab_size):
+                raise ValueError(
+                    f"{self._weights.folder}: rank {rank} has {name} of shape {shape}, which does "
+                    "not fit the model"
+                )
+        if shard.axis is None:
+            return [Move(0, shard.shape[0], 0, 0)]
         found = moves(
             length,
             old_length,
@@ -142,8 +152,7 @@ class ReshardedStates:
             size=self._size,
             old_size=old_size,
         )
-        if name not in (EMBEDDING, OUTPUT):
-            assert length == old_length, f"{name}: {old_length} stored, {length} here"
+        if not vocabulary:
             return found
         first = length // self._size * self._rank
         tokens = [move._replace(stop=min(move.stop, self._vocab_size - first)) for move in found]

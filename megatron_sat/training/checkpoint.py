@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 LATEST = "latest"
 RUN_STATE = "run_state.json"
 RANKINGS = "sat_rankings.safetensors"
+UNFINISHED = "unfinished-"
+"""Before the name of a checkpoint that is being written."""
 _FORMAT = 1
 _REPLACED = "replaced-"
 
@@ -173,7 +175,7 @@ def save_checkpoint(
     assert config.checkpoint.save is not None
     save = Path(config.checkpoint.save)
     folder = save / _tag(progress.iteration)
-    unfinished = save / f"unfinished-{folder.name}"
+    unfinished = save / f"{UNFINISHED}{folder.name}"
     on_first_rank = dist.get_rank() == 0
     with ranks_agree(f"making room for {folder}"):
         if on_first_rank and unfinished.exists():  # left by a run that was killed
@@ -302,6 +304,8 @@ def _load_engine(engine: Any, stored: StoredCheckpoint, config: TrainingConfig) 
             (settings.adam_beta1, settings.adam_beta2),
             settings.adam_eps,
         )
+    if hasattr(engine.optimizer, "clip_grad"):  # restored as well, at stages 1 and 2
+        engine.optimizer.clip_grad = settings.clip_grad
     if config.finetune or config.checkpoint.no_load_optim:
         _reset_optimizer(engine)
 

@@ -24,7 +24,7 @@ from megatron_sat.checkpoint.reshard import ReshardedStates, Shard
 from megatron_sat.importance import needs_statistic
 from megatron_sat.training.checkpoint import StoredCheckpoint, compare
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.deepspeed_config import json_value, offloads_optimizer
+from megatron_sat.training.deepspeed_config import json_value
 from megatron_sat.training.hf import stage0_masters, update_secondary_partitions
 from megatron_sat.training.initialize import ranks_agree
 
@@ -36,18 +36,25 @@ class RunLayout:
     data_parallel: int
     tensor_parallel: int
     zero_stage: int
-    offloaded: bool
-    """Optimizer states are on the CPU."""
+    optimizer: "OptimizerPlace"
+    round_robin: bool
+    """A group's parameters lie in another order, dealt out to the data-parallel ranks."""
+    parameters_on_nvme: bool
     padded_vocab: int
 
     @classmethod
     def of(cls, config: TrainingConfig, *, world_size: int, padded_vocab: int) -> "RunLayout":
         """The layout of a run on `world_size` ranks."""
+        data_parallel = config.data_parallel_size(world_size)
+        stage = config.parallel.zero_stage
+        dealt = _zero_value(config, "round_robin_gradients")
         return cls(
-            data_parallel=config.data_parallel_size(world_size),
+            data_parallel=data_parallel,
             tensor_parallel=config.parallel.tensor_model_parallel_size,
-            zero_stage=config.parallel.zero_stage,
-            offloaded=offloads_optimizer(config.deepspeed_config),
+            zero_stage=stage,
+            optimizer=OptimizerPlace.of(config),
+            round_robin=bool(dealt) and stage in (1, 2) and data_parallel > 1,
+            parameters_on_nvme=_zero_value(config, "offload_param.device") == "nvme",
             padded_vocab=padded_vocab,
         )
 
@@ -58,10 +65,42 @@ class RunLayout:
         return cls.of(stored.config, world_size=world_size, padded_vocab=padded)
 
     def __str__(self) -> str:
-        return (
-            f"DP {self.data_parallel} x TP {self.tensor_parallel} (ZeRO {self.zero_stage}"
-            f"{', offloaded' if self.offloaded else ''})"
+        notes = [f"ZeRO {self.zero_stage}"]
+        if self.optimizer.device != "none":
+            notes.append(f"offloaded to {self.optimizer.device}")
+        if self.round_robin:
+            notes.append("round robin")
+        return f"DP {self.data_parallel} x TP {self.tensor_parallel} ({', '.join(notes)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerPlace:
+    """Where optimizer states are, and in whose order."""
+
+    device: str
+    """To which they are offloaded: "none", "cpu" or "nvme"."""
+    ratio: float
+    """The share of them that is."""
+    super_offload: bool
+    zenflow: bool
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "OptimizerPlace":
+        """That of a run. What DeepSpeed does not look at is as if it were left out."""
+        device = _zero_value(config, "offload_optimizer.device") or "none"
+        ratio = _zero_value(config, "offload_optimizer.ratio")
+        stage3 = config.parallel.zero_stage == 3
+        in_part = stage3 and device != "none" and ratio is not None
+        return cls(
+            device=device,
+            ratio=ratio if in_part else 1.0,
+            super_offload=stage3 and bool(_zero_value(config, "offload_optimizer.super_offload")),
+            zenflow=_zero_value(config, "zenflow") is not None,
         )
+
+
+def _zero_value(config: TrainingConfig, field: str) -> Any:
+    return json_value(config.deepspeed_config, f"zero_optimization.{field}")
 
 
 # Fields of "zero_optimization" and what is valid. Otherwise Adam's states are where nothing here
@@ -172,7 +211,7 @@ def _check_json(
     whose: str, config: TrainingConfig, fields: Mapping[str, tuple[Any, ...]], change: str
 ) -> None:
     for field, valid in fields.items():
-        value = json_value(config.deepspeed_config, f"zero_optimization.{field}")
+        value = _zero_value(config, field)
         if value is not None and value not in valid:
             values = " or ".join(json.dumps(item) for item in valid) or "to leave it out"
             raise ValueError(

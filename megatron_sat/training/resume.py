@@ -5,7 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sat.training.checkpoint import LATEST, RUN_STATE, Progress, StoredCheckpoint
+from megatron_sat.training.checkpoint import (
+    LATEST,
+    RUN_STATE,
+    UNFINISHED,
+    Progress,
+    StoredCheckpoint,
+)
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Described
 from megatron_sat.training.metrics import METRICS_FILE
@@ -21,7 +27,10 @@ def check_save_folder(config: TrainingConfig) -> None:
     if same and not config.finetune:
         return
     folder = Path(save)
-    if any(folder.glob(f"*/{RUN_STATE}")) or (folder / LATEST).exists():
+    found = [path.parent.name for path in folder.glob(f"*/{RUN_STATE}")]
+    # A job killed while it saved leaves one that nothing can load.
+    complete = [name for name in found if not name.startswith(UNFINISHED)]
+    if complete or (folder / LATEST).exists():
         advice = f"give --load {save} to go on with it, or another folder"
         if config.finetune:
             advice = (

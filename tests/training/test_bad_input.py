@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train_on_ranks, write_indexed_data
 from megatron_sat.training import run as training_run
+from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.initialize import run
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE
@@ -208,6 +209,10 @@ def test_a_save_folder_that_holds_another_run(tmp_path, tiny_data, saved):
 def test_a_save_folder_with_the_metrics_of_a_run_that_saved_nothing(tmp_path, tiny_data):
     metrics = tmp_path / METRICS_FILE
     metrics.write_text('{"kind": "train", "iteration": 3}\n')
+    # A job that was killed between the two names of its first checkpoint.
+    unfinished = tmp_path / "unfinished-global_step1"
+    unfinished.mkdir()
+    (unfinished / RUN_STATE).write_text("{}")
     message = message_of(tiny_run(tiny_data, save=tmp_path))
     assert message.startswith(f"--save {tmp_path} holds the metrics.jsonl of a run that saved no")
     assert metrics.read_text() == '{"kind": "train", "iteration": 3}\n'
@@ -217,6 +222,7 @@ def test_a_save_folder_with_the_metrics_of_a_run_that_saved_nothing(tmp_path, ti
         tiny_run(tiny_data, "--train-iters 1 --lr-warmup-iters 0", save=tmp_path), 1
     )
     assert [line["iteration"] for line in lines] == [0, 1, 1]
+    assert not unfinished.exists() and (tmp_path / "latest").read_text() == "global_step1"
 
 
 def test_save_folders_that_cannot_be_written(tmp_path, tiny_data):

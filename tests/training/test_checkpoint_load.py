@@ -15,18 +15,24 @@ from megatron_sat.training.checkpoint import RUN_STATE, find_checkpoint
 RUN = "--train-iters 2 --lr-decay-iters 4 --sat-omission-rate 0.5 --sat-channel-multiple 16 "
 
 
-def adam_of_a_loaded_run(argv: list[str]) -> list[tuple[Any, ...]]:
-    groups = train(argv).engine.optimizer.param_groups
-    return [(tuple(group["betas"]), group["eps"]) for group in groups]
+def optimizer_of_a_loaded_run(argv: list[str]) -> tuple[float, list[tuple[Any, ...]]]:
+    """The gradient norm to which it clips, and Adam's settings."""
+    engine = train(argv).engine
+    groups = [(tuple(group["betas"]), group["eps"]) for group in engine.optimizer.param_groups]
+    return getattr(engine.optimizer, "clip_grad", engine.gradient_clipping()), groups
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_adams_settings_are_those_of_the_flags(stage: int, tmp_path: Path, tiny_data: Path) -> None:
+@pytest.mark.parametrize("stage", ["0", "0 --bf16", "1", "1 --bf16", "2", "3"])
+@pytest.mark.parametrize("how", ["", "--finetune"])
+def test_the_optimizers_settings_are_those_of_the_flags(
+    stage: str, how: str, tmp_path: Path, tiny_data: Path
+) -> None:
     flags = RUN + f"--zero-stage {stage} "
     train_on_ranks(tiny_run(tiny_data, flags, save=tmp_path), 1)
-    changed = flags + f"--load {tmp_path} --finetune --adam-beta1 0.8 --adam-beta2 0.9 "
-    argv = tiny_run(tiny_data, changed + "--adam-eps 1e-6")
-    (groups,) = run_on_ranks(adam_of_a_loaded_run, 1, argv)
+    changed = f"{flags}--load {tmp_path} {how} --adam-beta1 0.8 --adam-beta2 0.9 "
+    argv = tiny_run(tiny_data, changed + "--adam-eps 1e-6 --clip-grad 0.25")
+    ((clip_grad, groups),) = run_on_ranks(optimizer_of_a_loaded_run, 1, argv)
+    assert clip_grad == 0.25
     assert groups and all(group == ((0.8, 0.9), 1e-6) for group in groups)
 
 

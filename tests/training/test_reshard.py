@@ -252,6 +252,28 @@ def test_bfloat16_goes_on_with_its_optimizer(tmp_path: Path, tiny_data: Path) ->
     assert difference(runs[1], reference) > 0.05
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_by_two_ranks_go_on_from_four_by_one_and_back(
+    tmp_path: Path, tiny_data: Path, stage: int
+) -> None:
+    # Subsets are chosen by four samples in either layout.
+    flags = f"{SHORT}--zero-stage {stage} --train-iters 6 --save-interval 2 --global-batch-size 8 "
+    flags += "--sat-omission-rate 0.5 --sat-total-steps 20 --sat-channel-multiple 16 "
+    saves = [tmp_path / name for name in ("first", "there", "back")]
+    reference = training(train_on_ranks(run_flags(tiny_data, flags, save=saves[0]), 4))
+    there = f"{flags}{TENSOR_PARALLEL}--load {saves[0]} --ckpt-step 2"
+    train_on_ranks(run_flags(tiny_data, there, save=saves[1]), 4)
+    back = f"{flags}--load {saves[1]} --ckpt-step 4"
+    train_on_ranks(run_flags(tiny_data, back, save=saves[2]), 4)
+    for save, first in ((saves[1], 2), (saves[2], 4)):
+        run, expected = training(metrics(save)), reference[first:]
+        assert difference(run, expected) < 1e-4
+        name = "selection_checksum"
+        assert [line[name] for line in run] == [line[name] for line in expected]
+    # Large enough a change that a run on the wrong weights, moments or data would show.
+    assert reference[5]["loss"] < reference[2]["loss"] - 0.1
+
+
 class PlainCPUAdam(DeepSpeedCPUAdam):
     """DeepSpeed's optimizer of offloaded states, which counts in plain numbers, without its C++,
     whose compilation takes a minute."""
@@ -298,6 +320,20 @@ def test_states_move_to_the_cpu_and_back(tmp_path: Path, tiny_data: Path, stage:
     train_on_ranks(run_flags(tiny_data, back, save=saves[2]), 2)
     for save, first in ((saves[1], 2), (saves[2], 4)):
         assert difference(training(metrics(save)), reference[first:]) < 1e-4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_groups_dealt_out_to_the_ranks_come_back_in_order(
+    tmp_path: Path, tiny_data: Path, stage: int
+) -> None:
+    settings = tmp_path / "round_robin.json"
+    settings.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    flags = f"{SHORT}--train-iters 4 --save-interval 2 --zero-stage {stage} "
+    first = tmp_path / "first"
+    argv = run_flags(tiny_data, f"{flags}--deepspeed_config {settings}", save=first)
+    reference = training(train_on_ranks(argv, 2), after=2)
+    on = run_flags(tiny_data, f"{flags}--load {first} --ckpt-step 2", save=tmp_path / "on")
+    assert difference(training(train_on_ranks(on, 2)), reference) < 1e-5
 
 
 def smallest_share(argv: list[str]) -> tuple[int, int]:

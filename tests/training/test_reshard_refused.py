@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from megatron_sat.checkpoint.reshard import ReshardedStates
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.checkpoint import check_compatible, find_checkpoint
+from megatron_sat.training.checkpoint import RUN_STATE, check_compatible, find_checkpoint
 from megatron_sat.training.initialize import RanksStopped
 from megatron_sat.training.reshard import Resharding, plan_resharding
 
@@ -79,6 +80,96 @@ def test_what_else_cannot_be_resharded_is_refused_with_both_values(
     assert plan(saved, tiny_data, f"--deepspeed_config {written}") is not None
     with pytest.raises(ValueError, match=r'round_robin_gradients": true; valid .*: false$'):
         plan(saved, tiny_data, f"--zero-stage 2 --deepspeed_config {written}")
+
+
+CPU = {"device": "cpu"}
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
+# Settings of "zero_optimization" on the two sides, and what the first that is refused is.
+OTHER_PLACES = {
+    "cpu, nvme": ({"offload_optimizer": CPU}, {"offload_optimizer": NVME}, "optimizer.device"),
+    "ratio": (
+        {"offload_optimizer": CPU},
+        {"offload_optimizer": CPU | {"ratio": 0.5}},
+        "optimizer.ratio",
+    ),
+    "super_offload": (
+        {"offload_optimizer": CPU},
+        {"offload_optimizer": CPU | {"super_offload": True}},
+        "optimizer.super_offload",
+    ),
+    "zenflow": (
+        {"offload_optimizer": CPU},
+        {"offload_optimizer": CPU, "zenflow": {"topk_ratio": 0.1}},
+        "zenflow",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PLACES)
+def test_other_places_of_optimizer_states_are_refused_on_the_same_ranks(
+    saved: Path, tiny_data: Path, case: str
+) -> None:
+    *sides, field = OTHER_PLACES[case]
+    for old, new, whose in (
+        (*sides, "--deepspeed_config has"),
+        (*reversed(sides), f"--load {saved} was written with"),
+    ):
+        with pytest.raises(ValueError, match=rf'^{whose} "zero_optimization\.\w*{field}": '):
+            plan_in(saved, tiny_data, old, new)
+    for side in sides:
+        assert plan_in(saved, tiny_data, side, side) is None
+
+
+def plan_in(save: Path, data: Path, old: dict[str, Any], new: dict[str, Any]) -> Resharding | None:
+    """What `plan_resharding` makes of two settings of "zero_optimization" at stage 3."""
+    config = parse_args(tiny_run(data, f"{RUN}--load {save} --zero-stage 3"), world_size=2)
+    configs = [replace(config, deepspeed_config={"zero_optimization": zero}) for zero in (old, new)]
+    stored = replace(find_checkpoint(str(save)), config=configs[0])
+    return plan_resharding(stored, configs[1], world_size=2, padded_vocab=128)
+
+
+def test_parameters_do_not_move_to_nvme(saved: Path, tiny_data: Path) -> None:
+    there = {"offload_param": NVME}
+    with pytest.raises(
+        ValueError, match=r'offload_param\.device": "nvme"; valid .*"none" or "cpu"'
+    ):
+        plan_in(saved, tiny_data, {}, there)
+    assert plan_in(saved, tiny_data, there, there) is None
+    assert plan_in(saved, tiny_data, {"offload_param": CPU}, {}) is None
+
+
+def test_what_deepspeed_does_not_look_at_is_no_other_layout(saved: Path, tiny_data: Path) -> None:
+    for ignored in ({"device": "none", "ratio": 0.5}, {"pin_memory": True}, {"device": "auto"}):
+        assert plan_in(saved, tiny_data, {}, {"offload_optimizer": ignored}) is None
+    assert plan_in(saved, tiny_data, {}, {"round_robin_gradients": True}) is None  # at stage 3
+
+
+def rewritten(save: Path, zero: dict[str, Any]) -> Path:
+    """`save`, whose run now had these settings of "zero_optimization"."""
+    for path in save.glob(f"*/{RUN_STATE}"):
+        run_state = json.loads(path.read_text())
+        run_state["config"]["deepspeed_config"] = {"zero_optimization": zero}
+        path.write_text(json.dumps(run_state))
+    return save
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_another_order_within_the_groups_is_another_layout(
+    saved: Path, tmp_path: Path, tiny_data: Path, stage: int
+) -> None:
+    written = tmp_path / "deepspeed.json"
+    written.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    dealt = f"--zero-stage {stage} --deepspeed_config {written}"
+    with pytest.raises(ValueError, match=r'round_robin_gradients": true; valid .*: false$'):
+        plan(saved, tiny_data, dealt, world_size=2)
+    save = rewritten(shutil.copytree(saved, tmp_path / "run"), {"round_robin_gradients": True})
+    on = plan(save, tiny_data, "--zero-stage 1", world_size=2)
+    assert on is not None and on.keeps_ranks
+    assert on.describe() == (
+        "resharding from DP 2 x TP 1 (ZeRO 1, round robin) to DP 2 x TP 1 (ZeRO 1)"
+    )
+    if stage == 1:
+        assert plan(save, tiny_data, dealt, world_size=2) is None
 
 
 def stopped(argv: list[str]) -> str:
