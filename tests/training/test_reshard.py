@@ -14,12 +14,8 @@ from safetensors.torch import load_file
 
 from megatron_sat.checkpoint.convert import convert
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights
-from megatron_sat.checkpoint.families import family_of
-from megatron_sat.checkpoint.layout import Columns, GateUp, Replicated
-from megatron_sat.checkpoint.reshard import Shard
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.checkpoint import find_checkpoint
 from megatron_sat.training.loop import Trainer
 
@@ -399,23 +395,3 @@ def test_before_adams_first_step_there_is_nothing_to_take_over(
         on = run_flags(tiny_data, f"{flags}{TENSOR_PARALLEL}--load {save}", save=save / "on")
         on += ["--zero-stage", str(3 - stage)]
         assert difference(training(train_on_ranks(on, 2)), reference) < 1e-5
-
-
-def marks(argv: list[str]) -> dict[str, Shard]:
-    with mock.patch.object(Trainer, "train"):
-        trainer = train(argv)
-    return {name: Shard.of(p) for name, p in trainer.engine.module.named_parameters()}
-
-
-@pytest.mark.parametrize("stage", [0, 3])
-def test_parameters_say_how_they_are_cut(tiny_data: Path, stage: int) -> None:
-    argv = run_flags(tiny_data, f"{SHORT}{TENSOR_PARALLEL}--zero-stage {stage}")
-    config = parse_args(argv, world_size=2)
-    found, _ = run_on_ranks(marks, 2, argv)
-    layouts = dict(family_of(config.model).parameters(config.model))
-    assert found.keys() == layouts.keys()
-    for name, shard in found.items():
-        layout = layouts[name].layout
-        expected = 1 if isinstance(layout, Columns) else 0
-        assert shard.axis == (None if isinstance(layout, Replicated) else expected), name
-        assert shard.blocks == (2 if isinstance(layout, GateUp) else 1), name
