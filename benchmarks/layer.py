@@ -263,8 +263,10 @@ def main() -> None:
                 )
                 rows.append(row)
             torch.cuda.empty_cache()
-    if args.output:
-        write_csv(args.output, rows)
+            if args.output:
+                write_csv(
+                    args.output, rows
+                )  # what there is, so that an end in between loses little
     dist.destroy_process_group()
 
 

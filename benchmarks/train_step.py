@@ -253,8 +253,8 @@ def main() -> None:
                     )
                 if args.whole_run:
                     print(whole_run(args, measured), flush=True)
-    if args.output and dist.get_rank() == 0:
-        write_csv(args.output, rows)
+                if args.output:
+                    write_csv(args.output, rows)  # what there is so far
     dist.barrier()
     dist.destroy_process_group()
 

@@ -25,7 +25,7 @@ END
 [[ -n ${DATA:-} && -n ${TOKENIZER:-} && -n ${SAVE:-} ]] || usage
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-launcher=(deepspeed --num_gpus "${GPUS:-8}")
+launcher=(deepspeed --quiet --num_gpus "${GPUS:-8}")
 optional=()
 # Unquoted, as these are lists.
 [[ -z ${LAUNCHER:-} ]] || launcher=($LAUNCHER)

@@ -29,7 +29,7 @@ END
 [[ -n ${HOSTFILE:-}${LAUNCHER:-} && -n ${DATA:-} && -n ${TOKENIZER:-} && -n ${SAVE:-} ]] || usage
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-launcher=(deepspeed --hostfile "${HOSTFILE:-}")
+launcher=(deepspeed --quiet --hostfile "${HOSTFILE:-}")
 optional=()
 # Unquoted, as these are lists.
 [[ -z ${LAUNCHER:-} ]] || launcher=($LAUNCHER)

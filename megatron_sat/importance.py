@@ -43,7 +43,6 @@ def needs_statistic(metric: str) -> bool:
     return _checked(metric) in ("wanda", "maxip")
 
 
-@torch.no_grad()
 def statistic(metric: str, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What the metric sums over the tokens, and how many there are.
 
@@ -59,7 +58,7 @@ def statistic(metric: str, inputs: Tensor, mask: Tensor | None = None) -> tuple[
     Raises:
         ValueError: for an unknown metric or a mask of another shape or dtype.
     """
-    metric = _checked(metric)
+    metric, inputs = _checked(metric), inputs.detach()
     tokens = inputs.shape[:-1]
     if mask is None:
         count = _count_of(tokens.numel(), inputs.device)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sat.config import Module, SATConfig
@@ -264,10 +265,10 @@ class SATState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where another state stopped, after the layers are built.
 
-        Takes the stored counts, and the stored selection groups unless the configuration names its
-        own; if these are not a multiple of the tensor-parallel size, ranks get unequal work, with
-        one warning. The next call is ``begin_step(stored step + 1)``. ValueError if stored
-        rankings do not fit.
+        Takes the stored counts (:func:`stored_counts`), and the stored selection groups unless the
+        configuration names its own; if these are not a multiple of the tensor-parallel size, ranks
+        get unequal work, with one warning. The next call is ``begin_step(stored step + 1)``.
+        ValueError if stored rankings do not fit.
         """
         self.step = None
         self._forget()
@@ -279,8 +280,8 @@ class SATState:
         for site in self.sites.values():
             site.forget_count()
             self._check_groups(site)
-        if state_dict.get("kept_counts"):
-            self.set_kept_counts(counts_by_rate(state_dict["kept_counts"]))
+        if counts := stored_counts(state_dict, self.config):
+            self.set_kept_counts(counts)
         self._load_rankings(state_dict["rankings"])
         self._warn_of_unequal_work(
             max((site.tensor_parallel_size for site in self.sites.values()), default=1)
@@ -289,6 +290,8 @@ class SATState:
     def _warn_of_unequal_work(self, tensor_parallel: int) -> None:
         if self.selection_groups % tensor_parallel and not self._warned:
             self._warned = True
+            if dist.is_initialized() and dist.get_rank() != 0:
+                return  # one line of a run, not of each rank
             logger.warning(
                 "selection_groups=%d is not a multiple of the tensor-parallel size %d: ranks get "
                 "unequal work",
@@ -312,9 +315,19 @@ class SATState:
             site.ranking = ranking.clone()
 
 
-def counts_by_rate(stored: list[dict[str, Any]]) -> KeptCounts:
-    """The counts in a state's ``state_dict()["kept_counts"]``."""
+def stored_counts(state_dict: dict[str, Any], config: SATConfig) -> KeptCounts:
+    """The set counts in a state's ``state_dict()``, if a state of ``config`` goes on with them: not
+    where they were set for other modules, multiples or selection groups."""
+    was = state_dict["config"]
+    if was is None or not state_dict.get("kept_counts"):
+        return {}
+    groups = config.selection_groups
+    if groups is not None and groups != state_dict["selection_groups"]:
+        return {}
+    now = config.to_dict()
+    if any(was[name] != now[name] for name in ("modules", "channel_multiple")):
+        return {}
     return {
-        float(counts["rate"]): {name: n for name, n in counts.items() if name != "rate"}  # type: ignore[misc]
-        for counts in stored
+        float(counts["rate"]): {module: counts[module] for module in config.modules}
+        for counts in state_dict["kept_counts"]
     }

@@ -128,9 +128,9 @@ def test_optional_variables_and_flags(launch, script, tmp_path):
     if script == "pretrain_multinode.sh":
         assert config.parallel.tensor_model_parallel_size == 2
         assert config.parallel.sequence_parallel
-        assert arguments[:2] == ["--hostfile", VARIABLES["HOSTFILE"]]
+        assert arguments[:3] == ["--quiet", "--hostfile", VARIABLES["HOSTFILE"]]
     else:
-        assert arguments[:2] == ["--num_gpus", "4"]
+        assert arguments[:3] == ["--quiet", "--num_gpus", "4"]
 
 
 def commands(page: Path) -> list[str]:
@@ -155,11 +155,21 @@ def test_commands_of_the_documentation_parse(page, monkeypatch):
                 assert (REPOSITORY / word).exists(), command
 
 
+def test_folders_that_the_documentation_writes_to_are_ignored():
+    text = "\n".join(command for page in PAGES for command in commands(page))
+    written = r"(?:--output-prefix|--output|--save-hf|--save|\bOUTPUT=|\bSAVE=)[ =]*([\w.-]+)/"
+    folders = set(re.findall(written, text))
+    assert folders >= {"data", "runs", "out", "checkpoints"}
+    assert {f"/{folder}/" for folder in folders} <= set(
+        (REPOSITORY / ".gitignore").read_text().splitlines()
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_and_links_of_the_documentation_exist(page):
     text = page.read_text()
     options = {o for action in build_parser()._actions for o in action.option_strings}
-    others = {"--num_gpus", "--hostfile", "--work-dir", "--logdir", "--nproc-per-node"}
+    others = {"--num_gpus", "--quiet", "--hostfile", "--work-dir", "--logdir", "--nproc-per-node"}
     others |= {"--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun's
     others |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
     others |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task"}  # SLURM's
@@ -167,6 +177,7 @@ def test_flags_and_links_of_the_documentation_exist(page):
     others |= {"--include_path", "--num_fewshot", "--batch_size", "--device"}  # lm_eval's
     sources = [
         *(REPOSITORY / "tools").glob("*.py"),
+        *(REPOSITORY / "benchmarks").glob("*.py"),
         REPOSITORY / "megatron_sat/checkpoint/convert.py",
     ]
     tools = "".join(path.read_text() for path in sources)
@@ -179,6 +190,7 @@ def test_flags_and_links_of_the_documentation_exist(page):
 def test_table_of_flags_has_every_setting_with_its_default():
     readme = (REPOSITORY / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(--sat-[\w-]+)` \|[^|]*\| ([^|]*?) \|", readme, re.MULTILINE))
+    assert rows.pop("--sat-autotune") == "off"
     assert set(rows) == {"--sat-" + item.name.replace("_", "-") for item in fields(SATConfig)}
     config = parse_args([*MINIMAL.split(), "--sat-omission-rate", "0.5"], world_size=1).sat
     for name, default in {**config.to_dict(), "omission_rate": 0.0}.items():

@@ -1,13 +1,14 @@
-"""Parameters out of a checkpoint's files, whatever wrote it: any ZeRO stage, any number of
-data-parallel ranks, no GPU and none of those ranks.
+"""Parameters and Adam's states out of a checkpoint's files, whatever wrote it: any ZeRO stage, any
+number of data-parallel ranks, no GPU and none of those ranks.
 
 What DeepSpeed 0.19 writes, for each tensor-parallel rank T and data-parallel rank D:
 
-- stage 0: `mp_rank_T_model_states.pt` with whole parameters, and in bf16 the master weights in the
-  order of the optimizer's groups;
+- stage 0: `mp_rank_T_model_states.pt` with whole parameters, the moments of each in the order of
+  the optimizer's groups, and in bf16 the master weights in that order;
 - stages 1, 2: `zero_pp_rank_D_mp_rank_T_optim_states.pt` (in bf16 `bf16_zero_...`) with the rank's
   part of each group's master weights, which are the group's parameters one after the other;
 - stage 3: the same file with the rank's part of every single parameter, one after the other;
+- moments lie as the master weights do;
 - parameters that were not trained are whole in `mp_rank_T_model_states.pt`, or in parts in stage
   3's `zero_pp_rank_D_mp_rank_T_model_states.pt`.
 """
@@ -15,9 +16,10 @@ What DeepSpeed 0.19 writes, for each tensor-parallel rank T and data-parallel ra
 import math
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,12 +27,14 @@ from torch import Tensor
 from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.model import is_decayed
 
-_Read = Callable[[], Tensor]
+Kind: TypeAlias = Literal["weight", "exp_avg", "exp_avg_sq"]
+"""What is kept of a parameter: its value, and Adam's first and second moment."""
+MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedWeights:
     """The parameters of each tensor-parallel rank, read when asked for: of the master weights where
-    there are any (float32), else as trained.
+    there are any (float32), else as trained. And Adam's states of those that were trained.
 
     Raises:
         ValueError: a file is missing or damaged; it names the file.
@@ -39,57 +43,136 @@ class DeepSpeedWeights:
     def __init__(self, stored: StoredCheckpoint) -> None:
         self.folder = stored.folder
         self._train_only = stored.config.train_only
+        self._steps: set[int] = set()
         ranks = range(stored.config.parallel.tensor_model_parallel_size)
         self._parameters = [self._open(rank) for rank in ranks]
 
+    @property
+    def tensor_parallel(self) -> int:
+        """Tensor-parallel ranks that the parameters are cut for."""
+        return len(self._parameters)
+
+    @property
+    def step(self) -> int | None:
+        """How many steps Adam has counted; None where it has taken none, and has no moments.
+        ValueError if its states disagree."""
+        if len(self._steps) > 1:
+            counts = ", ".join(str(step) for step in sorted(self._steps))
+            raise ValueError(f"{self.folder}: Adam's states have step counts {counts}, not one")
+        return next(iter(self._steps), None)
+
     def read(self, name: str, *, rank: int) -> Tensor:
         """Tensor-parallel rank `rank`'s part of a parameter, on the CPU."""
-        if name not in self._parameters[rank]:
-            raise ValueError(f"{self.folder}: rank {rank} has no parameter {name}")
-        return self._parameters[rank][name]()
+        stored = self._find(name, rank)
+        return stored.values["weight"].read().view(stored.shape)
 
     def shards(self, name: str) -> list[Tensor]:
         """All tensor-parallel ranks' parts of a parameter."""
-        return [self.read(name, rank=rank) for rank in range(len(self._parameters))]
+        return [self.read(name, rank=rank) for rank in range(self.tensor_parallel)]
 
-    def _open(self, rank: int) -> dict[str, _Read]:
+    def shape(self, name: str, *, rank: int) -> tuple[int, ...]:
+        """The shape of a rank's part of a parameter."""
+        return self._find(name, rank).shape
+
+    def read_flat(
+        self, name: str, start: int, stop: int, *, rank: int, kind: Kind = "weight"
+    ) -> Tensor:
+        """Entries `start` to `stop` of a rank's part of a parameter, or of one of its moments.
+        Nothing else of it is read. ValueError if the files lack the moments."""
+        values = self._find(name, rank).values
+        if kind not in values:
+            raise ValueError(f"{self.folder}: rank {rank} has no {kind} of {name}")
+        return values[kind].narrow(start, stop).read()
+
+    def _find(self, name: str, rank: int) -> "_Stored":
+        if name not in self._parameters[rank]:
+            raise ValueError(f"{self.folder}: rank {rank} has no parameter {name}")
+        return self._parameters[rank][name]
+
+    def _open(self, rank: int) -> dict[str, "_Stored"]:
         whole = self.folder / f"mp_rank_{rank:02d}_model_states.pt"
         if not whole.exists():
             return self._open_stage3(rank)
         states = _load(whole)
         parameters = {
-            name: _returning(tensor)
+            name: _Stored(tuple(tensor.shape), {"weight": _Flat([tensor])})
             for name, tensor in states["module"].items()
             if isinstance(tensor, Tensor)
         }
-        if states["optimizer"] is not None and "fp32_groups" in states["optimizer"]:
-            groups = states["optimizer"]["fp32_groups"]
-            for names, group in zip(self._groups(list(parameters)), groups, strict=True):
-                for name, tensor in zip(names, group, strict=True):
-                    parameters[name] = _returning(tensor)
+        if states["optimizer"] is not None:
+            self._add_stage0(parameters, states["optimizer"])
         elif states["param_shapes"] is not None:
-            optimizers = self._optimizers(rank, states["dp_world_size"])
-            parameters |= _stage12(states["param_shapes"], optimizers)
+            self._add_stage12(parameters, rank, states)
         return parameters
 
-    def _open_stage3(self, rank: int) -> dict[str, _Read]:
+    def _add_stage0(self, parameters: dict[str, "_Stored"], optimizer: Mapping[str, Any]) -> None:
+        adam = optimizer.get("optimizer_state_dict", optimizer)
+        masters = optimizer.get("fp32_groups")
+        groups = zip(self._groups(list(parameters)), adam["param_groups"], strict=True)
+        for number, (names, group) in enumerate(groups):
+            for index, (name, key) in enumerate(zip(names, group["params"], strict=True)):
+                values = parameters[name].values
+                if masters is not None:
+                    values["weight"] = _Flat([masters[number][index]])
+                if key in adam["state"]:
+                    state = adam["state"][key]
+                    self._steps.add(int(state["step"]))
+                    values |= {kind: _Flat([state[kind]]) for kind in MOMENTS}
+
+    def _add_stage12(
+        self, parameters: dict[str, "_Stored"], rank: int, states: Mapping[str, Any]
+    ) -> None:
+        optimizers = self._optimizers(rank, states["dp_world_size"])
+        paddings = optimizers[0].get("param_alignment_paddings")
+        for number, shapes in enumerate(states["param_shapes"]):
+            flat: dict[Kind, _Flat] = {
+                "weight": _Flat([o["single_partition_of_fp32_groups"][number] for o in optimizers])
+            }
+            adams = [_ordered(optimizer["base_optimizer_state"]) for optimizer in optimizers]
+            flat |= self._moments([[adam[number]] for adam in adams])
+            offset = 0
+            for index, (name, shape) in enumerate(shapes.items()):
+                end = offset + math.prod(shape)
+                values = {kind: value.narrow(offset, end) for kind, value in flat.items()}
+                parameters[name] = _Stored(tuple(shape), values)
+                offset = end + (0 if paddings is None else paddings[number][index])
+
+    def _open_stage3(self, rank: int) -> dict[str, "_Stored"]:
         pattern = "zero_pp_rank_{}_mp_rank_" + f"{rank:02d}_model_states.pt"
         first = _load(self.folder / pattern.format(0))
         ranks = range(first["dp_world_size"])
         states = [_load(self.folder / pattern.format(number)) for number in ranks]
         optimizers = self._optimizers(rank, len(ranks))
-        flat = [_Concatenated(optimizer["fp32_flat_groups"]) for optimizer in optimizers]
-        parameters: dict[str, _Read] = {}
+        # By kind, each data-parallel rank's partitions.
+        flat: dict[Kind, list[_Flat]] = {
+            "weight": [_Flat(o["fp32_flat_groups"]) for o in optimizers]
+        }
+        adams = [_ordered(optimizer["optimizer_state_dict"]) for optimizer in optimizers]
+        for adam in adams:
+            for kind, value in self._moments([adam]).items():
+                flat.setdefault(kind, []).append(value)
+        parameters: dict[str, _Stored] = {}
         offset = 0
         for shapes in first["param_shapes"]:
             for name, shape in shapes.items():
-                part = math.ceil(math.prod(shape) / len(ranks))
-                parameters[name] = _joining(flat, (offset, offset + part), shape)
-                offset += part
+                end = offset + math.ceil(math.prod(shape) / len(ranks))
+                values = {
+                    kind: _Flat.joined([value.narrow(offset, end) for value in partitions])
+                    for kind, partitions in flat.items()
+                }
+                parameters[name] = _Stored.cut(shape, values)
+                offset = end
         for name, shape in (first["frozen_param_shapes"] or {}).items():
-            parts = [_Concatenated([state["frozen_param_fragments"][name]]) for state in states]
-            parameters[name] = _joining(parts, (0, parts[0].length), shape)
+            parts = [state["frozen_param_fragments"][name] for state in states]
+            parameters[name] = _Stored.cut(shape, {"weight": _Flat(parts)})
         return parameters
+
+    def _moments(self, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> dict[Kind, "_Flat"]:
+        """Adam's states of data-parallel ranks, each of a row of tensors, as one of each kind."""
+        states = [state for row in ranks for state in row]
+        self._steps.update(int(state["step"]) for state in states if state)
+        kinds = [kind for kind in MOMENTS if all(kind in state for state in states)]
+        return {kind: _Flat([state[kind] for state in states]) for kind in kinds}
 
     def _groups(self, names: Sequence[str]) -> list[list[str]]:
         """The optimizer's groups, which the files of stage 0 do not name."""
@@ -108,53 +191,51 @@ class DeepSpeedWeights:
         return [_load(self.folder / name)["optimizer_state_dict"] for name in names]
 
 
-class _Concatenated:
-    """Flat tensors one after the other, not copied before a part is asked for."""
+class _Flat:
+    """Flat tensors one after the other, not read before a part is asked for."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = [tensor.reshape(-1) for tensor in tensors]
-        self.length = sum(tensor.numel() for tensor in self._tensors)
+        self._tensors = [tensor.detach().reshape(-1) for tensor in tensors]
 
-    def part(self, start: int, stop: int) -> Tensor:
+    def narrow(self, start: int, stop: int) -> "_Flat":
+        """Entries `start` to `stop`."""
         parts, offset = [], 0
         for tensor in self._tensors:
             low, high = max(start - offset, 0), min(stop - offset, tensor.numel())
             if low < high:
                 parts.append(tensor[low:high])
             offset += tensor.numel()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _Flat(parts)
+
+    def read(self) -> Tensor:
+        return self._tensors[0] if len(self._tensors) == 1 else torch.cat(self._tensors)
+
+    @classmethod
+    def joined(cls, flats: Sequence["_Flat"]) -> "_Flat":
+        return cls([tensor for flat in flats for tensor in flat._tensors])
 
 
-def _stage12(
-    groups: Sequence[dict[str, Any]], optimizers: Sequence[dict[str, Any]]
-) -> dict[str, _Read]:
-    parameters: dict[str, _Read] = {}
-    paddings = optimizers[0].get("param_alignment_paddings")
-    for number, shapes in enumerate(groups):
-        flat = _Concatenated(
-            [optimizer["single_partition_of_fp32_groups"][number] for optimizer in optimizers]
-        )
-        offset = 0
-        for index, (name, shape) in enumerate(shapes.items()):
-            length = math.prod(shape)
-            parameters[name] = _joining([flat], (offset, offset + length), shape)
-            offset += length + (0 if paddings is None else paddings[number][index])
-    return parameters
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor-parallel rank's part of one parameter, where it lies in the files."""
+
+    shape: tuple[int, ...]
+    values: dict[Kind, _Flat]
+
+    @classmethod
+    def cut(cls, shape: Sequence[int], values: Mapping[Kind, _Flat]) -> "_Stored":
+        """Without the padding that follows what `shape` holds."""
+        length = math.prod(shape)
+        return cls(tuple(shape), {kind: flat.narrow(0, length) for kind, flat in values.items()})
 
 
-def _returning(tensor: Tensor) -> _Read:
-    return tensor.detach
-
-
-def _joining(ranks: Sequence[_Concatenated], part: tuple[int, int], shape: Sequence[int]) -> _Read:
-    """The same part of every rank, joined and cut to what `shape` holds."""
-
-    def read() -> Tensor:
-        parts = [flat.part(*part) for flat in ranks]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return joined[: math.prod(shape)].view(tuple(shape))
-
-    return read
+def _ordered(optimizer: Mapping[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The states of a torch optimizer's `state_dict`, in the order of its tensors; those that it
+    has no state of are empty. With DeepSpeed's `elastic_checkpoint` they are a list already."""
+    if isinstance(optimizer, list):
+        return optimizer
+    keys = [key for group in optimizer["param_groups"] for key in group["params"]]
+    return [optimizer["state"].get(key, {}) for key in keys]
 
 
 def _load(path: Path) -> dict[str, Any]:

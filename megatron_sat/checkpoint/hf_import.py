@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +9,8 @@ from torch import Tensor
 from megatron_sat.checkpoint.families import Family, dims
 from megatron_sat.checkpoint.hf_reader import HFReader
 from megatron_sat.checkpoint.layout import Named, Piece, cut
+from megatron_sat.checkpoint.parts import copy_blocks, own_part, row_blocks
 from megatron_sat.training.config import ModelConfig
-
-# Large enough that a disk reads at full speed, small beside any model.
-_BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,33 +64,21 @@ class HFWeights:
             shape = named.layout.local_shape(sizes, rank, size)
             actual = tuple(getattr(parameter, "ds_shape", parameter.shape))
             assert actual == shape, f"{name} is {actual}, its layout {shape}"
-            target, first = _own_part(parameter)
+            target, first = own_part(parameter)
             width = shape[1] if len(shape) == 2 else 1
             last = min(first + target.numel(), shape[0] * width)
-            rows = (first // width, -(-last // width)) if first < last else (0, 0)
             pieces = named.pieces(sizes, rank, size)
-            for start, block in _blocks(self.reader, named, pieces, rows, width):
-                low, high = max(first, start), min(last, start + block.numel())
-                flat = block.reshape(-1)[low - start : high - start]
-                target[low - first : high - first].copy_(flat)
+            blocks = _blocks(self.reader, named, pieces, (first, last), width)
+            copy_blocks(target, first, blocks)
         assert not parameters, f"no layout for {', '.join(parameters)}"
 
 
-def _own_part(parameter: Any) -> tuple[Tensor, int]:
-    """What this rank keeps of a parameter, flat, and where it begins in the whole."""
-    if not hasattr(parameter, "ds_tensor"):
-        return parameter.data.view(-1), 0
-    partition = parameter.ds_tensor.data
-    return partition, partition.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-
-
 def _blocks(
-    reader: HFReader, named: Named, pieces: list[Piece], rows: tuple[int, int], width: int
+    reader: HFReader, named: Named, pieces: list[Piece], part: tuple[int, int], width: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of whole rows of a rank's parameter, each with the flat position where it begins."""
-    step = max(1, _BLOCK_BYTES // (4 * width))
-    for start in range(rows[0], rows[1], step):
-        stop = min(start + step, rows[1])
+    """Blocks of whole rows that hold a flat part of a rank's parameter, each with the flat position
+    where it begins."""
+    for start, stop in row_blocks(*part, width=width):
         if named.layout.axis == 1:
             ((source, first, last),) = pieces
             assert source is not None

@@ -1,6 +1,7 @@
 """The layer spec: Megatron-core's local GPT layer with sparsity-accelerated modules."""
 
 import datetime
+import logging
 from typing import Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -16,6 +17,11 @@ from megatron_sat.layers.norm import SATLayerNorm, SATRMSNorm
 from megatron_sat.layers.residual import get_residual_add
 from megatron_sat.layers.rotary import FusedRotary
 from megatron_sat.state import SATState
+
+# Megatron-core warns of every MLP that is not its own, and then builds it as it should.
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: not record.getMessage().startswith("Unknown MLP type")
+)
 
 Normalization = Literal["RMSNorm", "LayerNorm"]
 _NORMS: dict[str, type] = {"RMSNorm": SATRMSNorm, "LayerNorm": SATLayerNorm}

@@ -66,7 +66,9 @@ def causal_attention(
     s, b, n, d = q.shape
     groups = k.shape[2]
     if n == 0:
-        return q.reshape(s, b, 0)
+        # Keys and values take part, so that their gradients are zeros and not missing: other ranks
+        # wait for them where norms' gradients are summed over ranks.
+        return torch.cat([x[:, :, :0] for x in (q, k, v)], dim=2).reshape(s, b, 0)
     if n % groups:
         raise ValueError(f"query heads ({n}) must be a multiple of key/value groups ({groups})")
     if window is not None and window >= s:

@@ -41,8 +41,8 @@ def scatter_rows(
 ) -> Tensor:
     """`values [sections*k*unit, in]` -> `[rows, in]` with them in the kept rows, zero elsewhere.
 
-    Written to `out`, contiguous, where that is given. Otherwise, with every unit kept, the result
-    is `values` itself, not a copy.
+    Written to `out`, columns of a matrix, where that is given. Otherwise, with every unit kept,
+    the result is `values` itself, not a copy.
     """
     units = count_units("rows", rows, unit=unit, sections=sections)
     kept, columns = index.numel(), values.shape[1]
@@ -53,8 +53,8 @@ def scatter_rows(
         out = values.new_empty(rows, columns)
     if use_triton(values):
         return kernels().scatter_rows(values, index, out, unit=unit, sections=sections)
-    blocks = out.zero_().view(sections, units, unit * columns)
-    blocks.index_copy_(1, index, values.reshape(sections, kept, unit * columns))
+    blocks = out.zero_().unflatten(0, (sections, units, unit))
+    blocks.index_copy_(1, index, values.reshape(sections, kept, unit, columns))
     return out
 
 
@@ -72,21 +72,26 @@ def gather_columns(weight: Tensor, index: Tensor, *, unit: int = 1) -> Tensor:
     return weight.reshape(rows, units, unit).index_select(1, index).view(rows, kept * unit)
 
 
-def scatter_columns(values: Tensor, index: Tensor, *, columns: int, unit: int = 1) -> Tensor:
+def scatter_columns(
+    values: Tensor, index: Tensor, *, columns: int, unit: int = 1, out: Tensor | None = None
+) -> Tensor:
     """`values [out, k*unit]` -> `[out, columns]` with them in the kept columns, zero elsewhere.
 
-    With every unit kept the result is `values` itself, not a copy.
+    Written to `out`, contiguous, where that is given. Otherwise, with every unit kept, the result
+    is `values` itself, not a copy.
     """
     units = count_units("columns", columns, unit=unit)
     rows, kept = values.shape[0], index.numel()
     _check_length("values columns", values.shape[1], kept * unit)
-    if kept == units:
+    if kept == units and out is None:
         return values
+    if out is None:
+        out = values.new_empty(rows, columns)
     if use_triton(values):
-        return kernels().scatter_columns(values, index, columns=columns, unit=unit)
-    blocks = values.new_zeros(rows, units, unit)
+        return kernels().scatter_columns(values, index, out, unit=unit)
+    blocks = out.zero_().view(rows, units, unit)
     blocks.index_copy_(1, index, values.reshape(rows, kept, unit))
-    return blocks.view(rows, columns)
+    return out
 
 
 def count_units(name: str, size: int, *, unit: int, sections: int = 1) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_launchers: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}
 _NOTHING = contextlib.nullcontext()
 
 
@@ -33,22 +33,25 @@ def launch(
     device = tensors[0].get_device()
     # Triton compiles anew for other types, numbers that are 1 or multiples of 16, and pointers
     # that are not aligned to 16 bytes; the numbers themselves are few: they are sizes of the model.
+    # The grid may be of many sizes, as token counts are, and is no part of what is compiled.
+    pointers = [tensor.data_ptr() for tensor in tensors]
     key = (
-        kernel,
-        grid,
+        id(kernel),  # a kernel's own hash is that of its source
         device,
         numbers,
         *constants.values(),
-        *((tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors),
+        *[tensor.dtype for tensor in tensors],
+        *[pointer % 16 for pointer in pointers],
     )
-    launcher = _launchers.get(key)
+    compiled = _compiled.get(key)
     with _on(device):
-        if launcher is not None:
-            launcher(*tensors, *numbers, *constants.values())
+        if compiled is not None:
+            # As numbers: of a tensor the launcher would ask the driver whose memory it is.
+            compiled[(*grid, 1, 1)[:3]](*pointers, *numbers, *constants.values())
             return
         compiled = kernel[grid](*tensors, *numbers, **constants, **options)
     if compiled is not None:  # the interpreter compiles nothing
-        _launchers[key] = compiled[(*grid, 1, 1)[:3]]
+        _compiled[key] = compiled
 
 
 def _on(device: int) -> contextlib.AbstractContextManager[object]:

@@ -23,6 +23,9 @@ from megatron_sat.ops.gather_scatter import (
     scatter_rows,
 )
 
+# A weight gradient is made in this many parts at most, of multiples of so many features.
+_MOST_PARTS, _ALIGNED = 8, 64
+
 
 def column_forward(
     x: Tensor,
@@ -56,17 +59,16 @@ def column_weight_grad(
     dy: Tensor, x: Tensor, index: Tensor, *, rows: int, unit: int = 1, sections: int = 1
 ) -> Tensor:
     """dweight [rows, in], of which the kept rows are dy [T, m].T @ x [T, in]."""
-    kept = index.numel()
-    if kept == 0:
+    if index.numel() == 0:
         return x.new_zeros(rows, x.shape[1])
-    if sections > 1 and 3 * rows < 4 * kept * unit * sections < 4 * rows:
-        # The kept rows and the whole gradient are there at once. Where little is left out that
-        # would be more than the dense layer needs: here, one section's kept rows at a time.
-        whole = x.new_empty(rows, x.shape[1])
-        for dy_part, part in zip(dy.chunk(sections, dim=1), whole.chunk(sections), strict=True):
-            scatter_rows(dy_part.t() @ x, index, rows=part.shape[0], unit=unit, out=part)
-        return whole
-    return scatter_rows(dy.t() @ x, index, rows=rows, unit=unit, sections=sections)
+    layout: Any = {"unit": unit, "sections": sections}
+    width = _part(x.shape[1], dy.shape[1], rows, tokens=dy.shape[0])
+    if width == x.shape[1]:
+        return scatter_rows(dy.t() @ x, index, rows=rows, **layout)
+    whole = x.new_empty(rows, x.shape[1])
+    for x_part, out in zip(x.split(width, dim=1), whole.split(width, dim=1), strict=True):
+        scatter_rows(dy.t() @ x_part, index, rows=rows, **layout, out=out)
+    return whole
 
 
 def column_bias_grad(
@@ -97,7 +99,27 @@ def row_weight_grad(dy: Tensor, x: Tensor, index: Tensor, *, columns: int, unit:
     """dweight [out, columns], of which the kept columns are dy [T, out].T @ x [T, m]."""
     if index.numel() == 0:
         return dy.new_zeros(dy.shape[1], columns)
-    return scatter_columns(dy.t() @ x, index, columns=columns, unit=unit)
+    width = _part(dy.shape[1], x.shape[1], columns, tokens=dy.shape[0])
+    if width == dy.shape[1]:
+        return scatter_columns(dy.t() @ x, index, columns=columns, unit=unit)
+    whole = dy.new_empty(dy.shape[1], columns)
+    for dy_part, out in zip(dy.split(width, dim=1), whole.split(width), strict=True):
+        scatter_columns(dy_part.t() @ x, index, columns=columns, unit=unit, out=out)
+    return whole
+
+
+def _part(whole: int, kept: int, of: int, *, tokens: int) -> int:
+    """How many of the `whole` features on the side that is not sliced a weight gradient takes at
+    a time, where `kept` of the `of` features on the other side are kept.
+
+    The kept part's gradient lies beside the whole one until it is placed there. Where few units are
+    left out, or few tokens are trained on, that is more memory than leaving them out has saved in
+    activations: then in parts.
+    """
+    saved = 2 * tokens * (of - kept)
+    parts = 1 if saved == 0 else min(_MOST_PARTS, -(-kept * whole // saved))
+    # Rounded up to what keeps matrix products aligned.
+    return min(whole, -(-whole // parts // _ALIGNED) * _ALIGNED)
 
 
 class _ColumnSlicedLinear(torch.autograd.Function):

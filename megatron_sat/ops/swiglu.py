@@ -18,8 +18,11 @@ from megatron_sat.ops.backend import kernels, use_triton
 def swiglu(x: Tensor) -> Tensor:
     """`x [..., 2k]`, a gate and as many channels -> `silu(gate) * channels`, `[..., k]`.
 
-    Computed in float32 and rounded once, as are the gradients; float64 stays float64.
+    Computed in float32 and rounded once, as are the gradients; float64 stays float64. ValueError
+    for a last dimension that is not even.
     """
+    if x.shape[-1] % 2:
+        raise ValueError(f"x has {x.shape[-1]} features; valid: an even number, gate and channels")
     return _SwiGLU.apply(x)
 
 

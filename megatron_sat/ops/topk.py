@@ -20,7 +20,8 @@ def top_units(
     """The `keep / groups` largest values of each of `groups` contiguous groups.
 
     Args:
-        values: `[n]` float32; n is a multiple of `groups`, as is `keep`.
+        values: `[n]` float32; n is a multiple of `groups`, as is `keep`. Where a NaN ranks is not
+            defined.
         keep: how many in all, 0 to n.
         noise: `[n]` float32; where there is any, `values * scale + noise` are compared.
         scale: see `noise`.

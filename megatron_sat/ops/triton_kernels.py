@@ -95,6 +95,7 @@ def _scatter_rows_kernel(
     index,
     rows,
     columns,
+    out_stride,
     kept,
     half,
     units,
@@ -111,7 +112,7 @@ def _scatter_rows_kernel(
     live_column = (column < columns)[None, :]
     source = source[:, None] * columns + column[None, :]
     tile = tl.load(values + source, mask=found[:, None] & live_column, other=0.0)
-    target = row.to(tl.int64)[:, None] * columns + column[None, :]
+    target = row.to(tl.int64)[:, None] * out_stride + column[None, :]
     tl.store(out + target, tile, mask=live_row[:, None] & live_column)
 
 
@@ -189,7 +190,8 @@ def scatter_rows(values: Tensor, index: Tensor, out: Tensor, *, unit: int, secti
     kept, (rows, columns) = index.numel(), out.shape
     if out.numel():
         grid, tile = _row_tiles(rows, columns)
-        numbers = (rows, columns, kept, _half(kept), rows // (sections * unit), unit)
+        units = rows // (sections * unit)
+        numbers = (rows, columns, out.stride(0), kept, _half(kept), units, unit)
         launch(_scatter_rows_kernel, grid, (out, values, index), numbers, tile)
     return out
 
@@ -206,11 +208,10 @@ def gather_columns(weight: Tensor, index: Tensor, *, unit: int) -> Tensor:
     return out
 
 
-def scatter_columns(values: Tensor, index: Tensor, *, columns: int, unit: int) -> Tensor:
+def scatter_columns(values: Tensor, index: Tensor, out: Tensor, *, unit: int) -> Tensor:
     """Triton form of `gather_scatter.scatter_columns`."""
     values = values.contiguous()
-    rows, kept = values.shape[0], index.numel()
-    out = values.new_empty(rows, columns)
+    kept, (rows, columns) = index.numel(), out.shape
     if out.numel():
         grid, row_tiles, tile = _column_tiles(rows, columns)
         numbers = (rows, columns, kept, _half(kept), unit, row_tiles)

@@ -7,8 +7,11 @@ parallelism, forward and backward, against the same layer dense, in turns. Near 
 counts with the most operations a second are taken; then the fastest of leaving out both heads and
 channels, channels alone, heads alone, or nothing. Every rank takes part in the measuring, as
 layers communicate, and rank 0's times decide.
+
+A run keeps its counts to its end: what was measured when it began travels in its checkpoints.
 """
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,17 +26,21 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from megatron_sat.config import Module
 from megatron_sat.flops import forward_flops
 from megatron_sat.layers import get_gpt_layer_sat_spec
-from megatron_sat.state import KeptCounts, SATState
+from megatron_sat.state import KeptCounts, SATState, stored_counts
+from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree, set_seeds
 from megatron_sat.training.loop import model_shape
 from megatron_sat.training.model import transformer_config
 
-# Counts tried: the multiples of these nearest to the exact count of a selection group, as far as
-# they leave out this much more or less than the rate.
+# Counts tried: the multiples of these nearest to the exact count of a selection group, if they are
+# multiples of --sat-channel-multiple, and leave out at most this much more or less than the rate.
 _MULTIPLES = (64, 128, 256, 512)
 _TOLERANCE = 0.03
 # Other counts than the rounded ones must be this much faster: what is within it may be chance.
@@ -42,6 +49,8 @@ _NOISE = 0.01
 _MICRO_BATCHES = 8
 # Steps run in a row, as layers follow each other; turns that are not timed, and that are.
 _IN_A_ROW, _WARM_UP, _TURNS = 4, 1, 5
+# Packages whose kernels run in a layer.
+_PACKAGES = ("megatron-sat", "torch", "triton", "megatron-core", "flash-attn", "liger-kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +62,10 @@ class Rung:
     """Query heads of a layer that take part, over all tensor-parallel ranks."""
     channels: int
     """MLP channels that take part, likewise."""
-    milliseconds: float
+    milliseconds: float | None
     """One layer, forward and backward of a micro-batch, with these counts; dense, this is how long
-    the fastest way to leave units out took."""
-    dense_milliseconds: float
+    the fastest way to leave units out took. None: rounding leaves nothing out."""
+    dense_milliseconds: float | None
     """The same layer dense."""
 
 
@@ -65,62 +74,100 @@ class Autotuned:
     """The rungs of a schedule as they will run, and whether they were measured now."""
 
     rungs: tuple[Rung, ...]
+    modules: tuple[Module, ...]
+    """Where units are left out."""
     heads: int
+    """All query heads of a layer."""
     channels: int
-    measured: bool
+    """All its MLP channels."""
+    source: str
+    """Where the figures come from, for the log: empty if they were measured now."""
 
     @property
     def kept_counts(self) -> KeptCounts:
         """For :meth:`SATState.set_kept_counts`."""
-        return {rung.rate: {"attention": rung.heads, "mlp": rung.channels} for rung in self.rungs}
+        counts: dict[float, dict[Module, int]] = {}
+        for rung in self.rungs:
+            both: dict[Module, int] = {"attention": rung.heads, "mlp": rung.channels}
+            counts[rung.rate] = {module: both[module] for module in self.modules}
+        return counts
 
     def lines(self) -> list[str]:
         """What was found, a line for each rung."""
         lines = []
         for rung in self.rungs:
-            what = (
+            start = f" autotune{self.source}: rate {rung.rate:.3f}"
+            if rung.milliseconds is None or rung.dense_milliseconds is None:
+                lines.append(f"{start}: dense; rounding leaves nothing out")
+                continue
+            counts = (
                 f"{rung.heads} of {self.heads} heads, {rung.channels} of {self.channels} channels"
             )
-            verb = f"{rung.dense_milliseconds / rung.milliseconds:.2f}x of dense"
+            ratio = f"{rung.dense_milliseconds / rung.milliseconds:.2f}x of dense"
             if (rung.heads, rung.channels) == (self.heads, self.channels):
-                what, verb = "dense", f"leaving units out would run at {verb}"
+                counts, ratio = "dense", f"leaving units out would run at {ratio}"
             lines.append(
-                f" autotune: rate {rung.rate:.3f}: {what}; {verb} "
-                f"({rung.milliseconds:.2f} and {rung.dense_milliseconds:.2f} ms a layer)"
+                f"{start}: {counts}; {ratio} ({rung.milliseconds:.2f} and "
+                f"{rung.dense_milliseconds:.2f} ms a layer)"
             )
         return lines
 
 
-def autotune(config: TrainingConfig) -> Autotuned:
+def check_resumed(config: TrainingConfig, stored: StoredCheckpoint) -> None:
+    """A resumed run that was begun without ``--sat-autotune`` keeps its rounded counts; ValueError,
+    unless another schedule is meant as well."""
+    if config.sat_autotune is None or config.sat is None or config.override_sat_schedule:
+        return
+    if not stored.run_state["sat"].get("kept_counts"):
+        raise ValueError(
+            f"--sat-autotune would change the counts of the run in {stored.folder}, which began "
+            "without it; leave it out, or give --override-sat-schedule if the change is meant"
+        )
+
+
+def autotune(config: TrainingConfig, resumed: StoredCheckpoint | None = None) -> Autotuned | None:
     """The counts for every rate of ``config.sat``'s schedule, from the table in the file of
     ``--sat-autotune`` if that is of this run's shape and machine, else measured and written there.
 
-    Collective; after ``initialize`` and before the model is built. Seeds are set anew, so that the
-    model's weights do not depend on it. RanksStopped if the file is something else or cannot be
-    written.
+    None without the flag, and where ``resumed`` has counts that this run keeps. Collective; after
+    ``initialize`` and before the model is built. Seeds are set anew, so that the model's weights do
+    not depend on it. RanksStopped if the file is something else or cannot be written.
     """
+    if config.sat is None or config.sat_autotune is None:
+        return None
+    if resumed is not None:
+        sat = resumed.run_state["sat"]
+        if stored_counts(sat, config.sat) and not config.override_sat_schedule:
+            return None
+        if config.sat.selection_groups is None and sat["selection_groups"] is not None:
+            groups = sat["selection_groups"]
+            config = replace(config, sat=replace(config.sat, selection_groups=groups))
     assert config.sat is not None and config.sat_autotune is not None
     path = Path(config.sat_autotune) if config.sat_autotune else None
-    case = _case(config)
     found: list[Any] = [None]
     with ranks_agree("reading the table of --sat-autotune"):
         if path is not None and dist.get_rank() == 0:
-            found = [_read(path, case)]
+            found = [_read(path, config)]
     dist.broadcast_object_list(found)
     model = config.model
-    sizes = {"heads": model.num_attention_heads, "channels": model.ffn_hidden_size}
+    shared: dict[str, Any] = {
+        "modules": config.sat.modules,
+        "heads": model.num_attention_heads,
+        "channels": model.ffn_hidden_size,
+    }
     if found[0] is not None:
-        return Autotuned(rungs=tuple(Rung(**rung) for rung in found[0]), **sizes, measured=False)
+        rungs = tuple(Rung(**rung) for rung in found[0])
+        return Autotuned(rungs=rungs, source=f" (from {path})", **shared)
     layer = _Layer(config)
     rungs = tuple(_tune(layer, rate, step) for rate, step in _sparse_rates(layer.state))
     del layer
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     set_seeds(config.seed)
-    result = Autotuned(rungs=rungs, **sizes, measured=True)
+    result = Autotuned(rungs=rungs, source="", **shared)
     with ranks_agree("writing the table of --sat-autotune"):
         if path is not None and dist.get_rank() == 0:
-            _write(path, case, result)
+            _write(path, _case(config), result)
     return result
 
 
@@ -166,8 +213,15 @@ class _Layer:
             self.x.grad = None
             self.module.zero_grad(set_to_none=True)  # as ZeRO takes gradients away at once
             self.state.begin_micro_batch(index)
-            output, _ = self.module(self.x, attention_mask=None, rotary_pos_emb=self.angles)
+            if self.config.parallel.recompute_granularity == "full":
+                output = checkpoint(self._forward, self.x, use_reentrant=False)
+            else:
+                output = self._forward(self.x)
             output.backward(self.dy)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.module(x, attention_mask=None, rotary_pos_emb=self.angles)[0]
+        return output
 
     def operations(self, counts: tuple[int, int]) -> int:
         """Of a forward pass with so many heads and channels."""
@@ -215,9 +269,8 @@ def _tune(layer: _Layer, rate: float, step: int) -> Rung:
     layer.state.set_kept_counts({})
     rounded = layer.state.kept_units(rate)
     heads, channels = rounded["attention"] or dense[0], rounded["mlp"] or dense[1]
-    if (heads, channels) == dense:  # rounding leaves nothing out
-        milliseconds = layer.milliseconds([dense], rate=rate, step=step)[0]
-        return _rung(rate, dense, milliseconds, milliseconds)
+    if (heads, channels) == dense:
+        return _rung(rate, dense, None, None)
     tried = [(heads, channels)]
     if channels < dense[1]:
         tried += [(heads, other) for other in _near(layer.state, rate) if other != channels]
@@ -237,7 +290,9 @@ def _tune(layer: _Layer, rate: float, step: int) -> Rung:
     return _rung(rate, counts, times[fastest], dense_time)
 
 
-def _rung(rate: float, counts: tuple[int, int], milliseconds: float, dense: float) -> Rung:
+def _rung(
+    rate: float, counts: tuple[int, int], milliseconds: float | None, dense: float | None
+) -> Rung:
     return Rung(
         rate=rate,
         heads=counts[0],
@@ -252,7 +307,9 @@ def _near(state: SATState, rate: float) -> list[int]:
     site = next(site for site in state.sites.values() if site.module == "mlp")
     group = site.units // site.groups
     exact = group * (1.0 - rate)
-    near = {round(exact / multiple) * multiple for multiple in _MULTIPLES}
+    least = state.require_config().channel_multiple
+    multiples = [multiple for multiple in _MULTIPLES if multiple % least == 0]
+    near = {round(exact / multiple) * multiple for multiple in multiples}
     return [
         count * site.groups
         for count in sorted(near)
@@ -268,12 +325,15 @@ def _case(config: TrainingConfig) -> dict[str, Any]:
     sat = config.sat.to_dict()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "torch": torch.__version__,
+        "versions": {name: _version(name) for name in _PACKAGES},
         "ranks": dist.get_world_size(),
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "sequence_parallel": config.parallel.sequence_parallel,
         "bf16": config.bf16,
         "deterministic_mode": config.deterministic_mode,
+        "hidden_dropout": config.hidden_dropout,
+        "recompute_granularity": config.parallel.recompute_granularity,
+        "recompute_modules": config.parallel.recompute_modules,
         "micro_batch_size": config.micro_batch_size,
         "seq_length": config.model.seq_length,
         "micro_batches": min(_MICRO_BATCHES, accumulation),
@@ -282,10 +342,18 @@ def _case(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, case: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: Path, config: TrainingConfig) -> list[dict[str, Any]] | None:
     """The rungs in a file, or None if they are of another case or there is no file yet.
 
-    ValueError for a file that is something else, which would be written over.
+    ValueError for a file that is something else, which would be written over, and for counts that
+    the model does not have.
     """
     try:
         table = json.loads(path.read_text())
@@ -300,7 +368,27 @@ def _read(path: Path, case: Mapping[str, Any]) -> list[dict[str, Any]] | None:
             f"--sat-autotune {path} is not a table that this flag wrote ({error}); name a file "
             "that it may write"
         ) from error
-    return rungs if measured == json.loads(json.dumps(case)) else None
+    if measured != json.loads(json.dumps(_case(config))):
+        return None
+    assert config.sat is not None
+    model = config.model
+    groups = config.sat.selection_groups or config.parallel.tensor_model_parallel_size
+    is_grouped_query = model.num_query_groups < model.num_attention_heads
+    shares = {
+        "heads": (
+            model.num_attention_heads,
+            model.num_query_groups if is_grouped_query else groups,
+        ),
+        "channels": (model.ffn_hidden_size, groups),
+    }
+    for rung in rungs:
+        for name, (units, equal) in shares.items():
+            if not 0 < rung[name] <= units or rung[name] % equal:
+                raise ValueError(
+                    f"--sat-autotune {path}: {name} is {rung[name]} at rate {rung['rate']}; valid: "
+                    f"a multiple of {equal}, up to {units}"
+                )
+    return rungs
 
 
 def _write(path: Path, case: Mapping[str, Any], result: Autotuned) -> None:

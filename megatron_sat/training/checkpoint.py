@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.random_state import load_random_state, save_random_state
+
+if TYPE_CHECKING:
+    from megatron_sat.training.reshard import Resharding
 
 LATEST = "latest"
 RUN_STATE = "run_state.json"
@@ -111,21 +114,14 @@ def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpo
     return stored
 
 
-def check_compatible(
-    stored: StoredCheckpoint, config: TrainingConfig, *, world_size: int, padded_vocab_size: int
-) -> None:
-    """Whether ``config`` may go on from ``stored``; ValueError that shows both values if not."""
+def check_compatible(stored: StoredCheckpoint, config: TrainingConfig) -> None:
+    """Whether ``config`` may go on from ``stored``, on whatever ranks; ValueError that shows both
+    values if not."""
     load = config.checkpoint.load
-    _compare(f"--load {load}", stored.config.architecture(), config.architecture(), "")
-    layout = {"world_size": world_size, "padded_vocab_size": padded_vocab_size}
-    stored_layout = {name: stored.run_state[name] for name in layout}
-    for name in ("tensor_model_parallel_size", "zero_stage"):
-        layout[name] = getattr(config.parallel, name)
-        stored_layout[name] = getattr(stored.config.parallel, name)
-    layout["bf16"], stored_layout["bf16"] = config.bf16, stored.config.bf16
-    _compare(f"--load {load}", stored_layout, layout, "")
+    compare(f"--load {load}", stored.config.architecture(), config.architecture(), "")
+    compare(f"--load {load}", {"bf16": stored.config.bf16}, {"bf16": config.bf16}, "")
     # Optimizer states, which DeepSpeed loads in any case, are those of what was trained.
-    _compare(
+    compare(
         f"--load {load}",
         {"train_only": stored.config.train_only},
         {"train_only": config.train_only},
@@ -133,7 +129,7 @@ def check_compatible(
     )
     if config.finetune or config.override_sat_schedule:
         return
-    _compare(
+    compare(
         f"--load {load}",
         _schedule(stored.config.sat),
         _schedule(config.sat),
@@ -149,7 +145,8 @@ def _schedule(sat: SATConfig | None) -> dict[str, Any]:
     return {"sat_omission_rate": 0.0} | {f"sat_{name}": value for name, value in settings.items()}
 
 
-def _compare(where: str, stored: dict[str, Any], wanted: dict[str, Any], advice: str) -> None:
+def compare(where: str, stored: dict[str, Any], wanted: dict[str, Any], advice: str) -> None:
+    """ValueError, beginning with ``where``, that shows both values of what differs."""
     differences = [
         f"{name} is {stored.get(name)} in the checkpoint and {wanted.get(name)} in this run"
         for name in sorted(stored.keys() | wanted.keys())
@@ -167,6 +164,7 @@ def save_checkpoint(
     state: SATState,
     scheduler_state: Mapping[str, Any],
     padded_vocab_size: int,
+    data: Mapping[str, Any],
 ) -> Path:
     """Write ``<save>/global_step<iteration>`` and then let ``latest`` name it. Collective.
 
@@ -199,6 +197,7 @@ def save_checkpoint(
                 "world_size": dist.get_world_size(),
                 "padded_vocab_size": padded_vocab_size,
                 "scheduler": dict(scheduler_state),
+                "data": dict(data),
                 "sat": sat_state,
                 "files": _sizes(unfinished),
             }
@@ -255,13 +254,42 @@ def _publish(unfinished: Path, folder: Path) -> None:
 
 
 def load_checkpoint(
-    engine: Any, stored: StoredCheckpoint, *, config: TrainingConfig, state: SATState
+    engine: Any,
+    stored: StoredCheckpoint,
+    *,
+    config: TrainingConfig,
+    state: SATState,
+    resharding: "Resharding | None" = None,
 ) -> Progress:
     """Bring ``engine``, ``state`` and the random states to where ``stored`` was saved. Collective.
 
     With ``--finetune``: the weights alone, at iteration 0. ``--no-load-optim`` starts the optimizer
-    anew, ``--no-load-rng`` keeps the random states of this run.
+    anew, ``--no-load-rng`` keeps the random states of this run, and so does a ``resharding`` to
+    other ranks. Such a one has filled the model of ``engine`` before it was made.
     """
+    if resharding is None:
+        _load_engine(engine, stored, config)
+    else:
+        resharding.load_optimizer(engine)
+        engine.global_steps = stored.progress.iteration
+        engine.global_samples = stored.progress.consumed_samples
+        engine.skipped_steps = stored.progress.skipped_steps
+    if config.finetune:
+        engine.global_steps = engine.global_samples = engine.skipped_steps = 0
+        return Progress()
+    with ranks_agree(f"continuing {stored.folder}"):
+        sat_state = dict(stored.run_state["sat"])
+        rankings = stored.folder / RANKINGS
+        sat_state["rankings"] = load_file(rankings) if rankings.exists() else {}
+        state.load_state_dict(sat_state)
+        same_ranks = resharding is None or resharding.keeps_ranks
+        if same_ranks and not config.checkpoint.no_load_rng:
+            load_random_state(stored.folder / _random_file(dist.get_rank()))
+    return stored.progress
+
+
+def _load_engine(engine: Any, stored: StoredCheckpoint, config: TrainingConfig) -> None:
+    """Have DeepSpeed load the files of the same layout."""
     # Always with optimizer states: without them, DeepSpeed rebuilds a ZeRO-3 model from all files
     # on every rank, and knows no tensor parallelism there.
     path, _ = engine.load_checkpoint(str(stored.folder.parent), tag=stored.folder.name)
@@ -276,17 +304,6 @@ def load_checkpoint(
         )
     if config.finetune or config.checkpoint.no_load_optim:
         _reset_optimizer(engine)
-    if config.finetune:
-        engine.global_steps = engine.global_samples = engine.skipped_steps = 0
-        return Progress()
-    with ranks_agree(f"continuing {stored.folder}"):
-        sat_state = dict(stored.run_state["sat"])
-        rankings = stored.folder / RANKINGS
-        sat_state["rankings"] = load_file(rankings) if rankings.exists() else {}
-        state.load_state_dict(sat_state)
-        if not config.checkpoint.no_load_rng:
-            load_random_state(stored.folder / _random_file(dist.get_rank()))
-    return stored.progress
 
 
 def _reset_optimizer(engine: Any) -> None:

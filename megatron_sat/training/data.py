@@ -19,8 +19,10 @@ import math
 import os
 import shutil
 import uuid
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import megatron.core
 import numpy as np
@@ -41,15 +43,21 @@ from megatron_sat.training.tokenizer import Tokenizer
 
 _WHOLE = (0.0, 1.0)
 
+Described: TypeAlias = dict[str, list[dict[str, Any]]]
+"""What the data of a run are, in plain JSON values: the parts of the training data under "train",
+those of each validation set under "valid NAME"."""
+
 
 @dataclass(frozen=True, eq=False)
 class Datasets:
     """What a run reads."""
 
     train: Dataset
-    """At least `train_iters * global_batch_size` samples, as many passes as that takes."""
+    """At least the samples of the run, as many passes as that takes."""
     validation: dict[str, Dataset]
     """Named validation sets, every sample once. Empty without evaluation."""
+    described: Described = field(default_factory=dict)
+    """What they are, for checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +104,18 @@ def _number(value: str) -> float | None:
         return None
 
 
-def build_datasets(config: TrainingConfig, tokenizer: Tokenizer) -> Datasets:
+def build_datasets(
+    config: TrainingConfig,
+    tokenizer: Tokenizer,
+    *,
+    samples: int | None = None,
+    check: Callable[[Described], None] | None = None,
+) -> Datasets:
     """Check the data, index them and open them. Every rank calls this.
+
+    `samples` is the number of training samples of the whole run, `train_iters * global_batch_size`
+    by default. `check` is told what the data are before anything is written, and may refuse them
+    by a ValueError.
 
     Raises ValueError (with several ranks `RanksStopped`, on all of them) that names the flag and
     the file: files that are missing, truncated or not a data set, bad blend weights, token ids
@@ -105,7 +123,14 @@ def build_datasets(config: TrainingConfig, tokenizer: Tokenizer) -> Datasets:
     written.
     """
     with ranks_agree("checking the data"):
-        sources = _checked_sources(config, tokenizer)
+        if samples is None:
+            samples = config.train_iters * config.global_batch_size
+        sources = _checked_sources(config, tokenizer, samples=samples)
+        described = {
+            f"valid {name}" if name else "train": _describe(item) for name, item in sources.items()
+        }
+        if check is not None:
+            check(described)
         caches = {name: _cache_folder(item, config, tokenizer) for name, item in sources.items()}
     with ranks_agree("indexing the data"):
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -122,10 +147,35 @@ def build_datasets(config: TrainingConfig, tokenizer: Tokenizer) -> Datasets:
             name: _construct(source, _gpt_config(source, config, tokenizer, caches[name]))
             for name, source in sources.items()
         }
-    return Datasets(train=datasets.pop(""), validation=datasets)
+    return Datasets(train=datasets.pop(""), validation=datasets, described=described)
 
 
-def _checked_sources(config: TrainingConfig, tokenizer: Tokenizer) -> dict[str, _Source]:
+def _describe(source: _Source) -> list[dict[str, Any]]:
+    """Of each part, in plain JSON values: its name, its share of the blend, and which documents of
+    which files it has. Equal, the name aside, wherever the samples are equal for given flags."""
+    return [
+        {
+            "name": Path(part.prefix).name,
+            "weight": round(weight, 9),
+            "documents": [documents.start, documents.stop],
+            "tokens": part.tokens(source.share),
+            "fingerprint": part.fingerprint,
+        }
+        for part, weight in zip(source.parts, _weights(source), strict=True)
+        for documents in [part.documents(source.share)]
+    ]
+
+
+def _weights(source: _Source) -> list[float]:
+    """Shares of the blend, which add up to 1."""
+    return normalize(
+        list(source.weights or (float(part.tokens(source.share)) for part in source.parts))
+    )
+
+
+def _checked_sources(
+    config: TrainingConfig, tokenizer: Tokenizer, *, samples: int
+) -> dict[str, _Source]:
     """The training source under the name "", and each validation source under its own."""
     data = config.data
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
@@ -148,7 +198,7 @@ def _checked_sources(config: TrainingConfig, tokenizer: Tokenizer) -> dict[str, 
             weights=None if weights is None else tuple(weights),
             split=split,
             share=share,
-            samples=config.train_iters * config.global_batch_size if split is Split.train else None,
+            samples=samples if split is Split.train else None,
         )
 
     valid_share: tuple[float, float] | None = None
@@ -224,10 +274,7 @@ def _gpt_config(
 def _construct(source: _Source, config: GPTDatasetConfig) -> Dataset:
     """Open the Megatron-core data set over the indices in `config.path_to_cache`; rank 0 (or a
     lone process) builds those that are missing."""
-    weights: list[float] = list(
-        source.weights or (float(part.tokens(source.share)) for part in source.parts)
-    )
-    weights = normalize(weights)
+    weights = _weights(source)
     alone = len(source.parts) == 1
     datasets = []
     for part, weight in zip(source.parts, weights, strict=True):
@@ -267,12 +314,10 @@ def _construct(source: _Source, config: GPTDatasetConfig) -> Dataset:
 def _cache_folder(source: _Source, config: TrainingConfig, tokenizer: Tokenizer) -> Path:
     """The folder of a source's indices. Its name covers all that decides them, the documents'
     lengths included: files written anew under an old prefix do not meet their old index."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in source.parts:
-        digest.update(part.lengths.data)
     facts = {
         "megatron-core": megatron.core.__version__,
         "prefixes": [part.prefix for part in source.parts],
+        "fingerprints": [part.fingerprint for part in source.parts],
         "weights": source.weights,
         "share": source.share,
         "split": [source.split.name, config.data.split],
@@ -281,7 +326,7 @@ def _cache_folder(source: _Source, config: TrainingConfig, tokenizer: Tokenizer)
         "seed": config.seed,
         "tokenizer": tokenizer.unique_identifiers,
     }
-    digest.update(json.dumps(facts, sort_keys=True).encode())
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
     root = config.data.data_cache_path or Path(source.parts[0].prefix).parent / "index-cache"
     return Path(root) / f"{source.split.name}-{digest.hexdigest()}"
 

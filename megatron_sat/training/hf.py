@@ -58,9 +58,13 @@ def load_weights(model: torch.nn.Module, weights: HFWeights) -> None:
             rank=parallel_state.get_tensor_model_parallel_rank(),
             size=parallel_state.get_tensor_model_parallel_world_size(),
         )
+    update_secondary_partitions(model)
+
+
+def update_secondary_partitions(model: torch.nn.Module) -> None:
+    """Make ZeRO++'s second partitions, where there are any, again of the first. Collective."""
     for parameter in model.parameters():
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            # ZeRO++'s second partition is made again of the first.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 pass
 
@@ -121,7 +125,7 @@ def export(engine: Any, plan: HFExport) -> None:
             writer.__enter__()
             entered = True
     parameters = dict(engine.module.named_parameters())
-    masters = _stage0_masters(engine)
+    masters = stage0_masters(engine)
     for name, named in plan.parameters():
         parameter = parameters[name]
         if plan.dtype == "float32":
@@ -142,7 +146,7 @@ def export(engine: Any, plan: HFExport) -> None:
             raise failure
 
 
-def _stage0_masters(engine: Any) -> dict[Tensor, Tensor]:
+def stage0_masters(engine: Any) -> dict[Tensor, Tensor]:
     """Master weights by parameter at stage 0 in bf16, where DeepSpeed does not tell them."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() != 0 or not hasattr(optimizer, "fp32_groups"):

@@ -3,10 +3,13 @@ fail together."""
 
 import contextlib
 import datetime
+import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -188,13 +191,13 @@ def run(main: Callable[[], object]) -> int:
     except RanksStopped as error:
         if not error.by_user:
             raise
-        _print_error(error)
+        _report(error)
         return 2
     except ValueError as error:
         if dist.is_initialized():
             # Outside of `ranks_agree` others may not know of it, and it may be the program's.
             raise
-        _print_error(error)
+        _report(error)
         return 2
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
@@ -202,9 +205,17 @@ def run(main: Callable[[], object]) -> int:
             dist.destroy_process_group()
 
 
-def _print_error(error: Exception) -> None:
+def _report(error: Exception) -> None:
+    message = f"error: {error}"
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        # torchrun ends with a traceback of its own, and below it shows what it finds here. The
+        # format is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
+        reply = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": reply}))
 
 
 def _by_user(error: Exception) -> bool:

@@ -77,6 +77,8 @@ class Trainer:
         config = self.config
         if self.iteration == 0:
             self.evaluate()
+        if self.iteration >= config.train_iters and config.checkpoint.save_hf is not None:
+            self._save_hf()  # of a run that was complete without it
         self.engine.train()
         batches = self._train_batches()
         self._meter.start()
@@ -222,6 +224,7 @@ class Trainer:
             state=self.state,
             scheduler_state=self.learning_rate.state_dict(),
             padded_vocab_size=self.padded_vocab_size,
+            data=self.datasets.described,
         )
         self.display.message(f" saved {folder}")
 

@@ -1,6 +1,7 @@
 """A run from its command line to its end: builds what the loop needs, in the order in which
 mistakes can be found soonest."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,8 @@ import torch.distributed as dist
 
 import megatron_sat
 from megatron_sat.checkpoint.hf_import import HFWeights
-from megatron_sat.schedule import OmissionSchedule
-from megatron_sat.state import SATState, counts_by_rate
-from megatron_sat.training.autotune import Autotuned, autotune
+from megatron_sat.state import SATState
+from megatron_sat.training.autotune import autotune, check_resumed
 from megatron_sat.training.checkpoint import (
     Progress,
     StoredCheckpoint,
@@ -40,7 +40,15 @@ from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
-from megatron_sat.training.resume import check_save_folder
+from megatron_sat.training.reshard import Resharding, other_subsets, plan_resharding
+from megatron_sat.training.resume import (
+    check_data,
+    check_save_folder,
+    check_settings,
+    comparable_losses,
+    notes_on_resume,
+    total_samples,
+)
 from megatron_sat.training.run_file import write_run_file
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.topology import Topology
@@ -58,6 +66,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     stored: StoredCheckpoint | None = None
     weights: HFWeights | None = None
+    resharding: Resharding | None = None
     with ranks_agree("checking the configuration"):
         resuming = config.checkpoint.load is not None and not config.finetune
         check_sat_layout(config, resuming=resuming)
@@ -76,7 +85,13 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
         padded_vocab = _padded_vocab(config, vocab_size)
         if config.checkpoint.load is not None:
             stored = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.ckpt_step)
-            check_compatible(stored, config, world_size=world_size, padded_vocab_size=padded_vocab)
+            check_compatible(stored, config)
+            resharding = plan_resharding(
+                stored, config, world_size=world_size, padded_vocab=padded_vocab
+            )
+            if resuming:
+                check_settings(stored, config)
+                check_resumed(config, stored)
         elif config.checkpoint.load_hf is not None:
             weights = open_weights(config, padded_vocab=padded_vocab)
         check_exports(
@@ -88,18 +103,27 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     topology = Topology.gather()
     with ranks_agree("looking at the devices"):
         topology.check()
-    datasets = build_datasets(config, tokenizer)
+    check, samples = None, None
+    if stored is not None and resuming:
+        check = functools.partial(check_data, stored, config)
+        samples = total_samples(stored.progress, config)
+    datasets = build_datasets(config, tokenizer, samples=samples, check=check)
 
-    tuned = _autotune(config, stored if resuming else None)
+    tuned = autotune(config, stored if resuming else None)
     state = SATState(config.sat)
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
     if weights is not None:
         load_weights(model, weights)
+    if resharding is not None:
+        resharding.load_model(model)
     engine = build_engine(model, config, deepspeed_config=deepspeed_config)
     learning_rate = LearningRate(engine.optimizer, config.optimizer)
     progress = Progress()
     if stored is not None:
-        progress = load_checkpoint(engine, stored, config=config, state=state)
+        progress = load_checkpoint(
+            engine, stored, config=config, state=state, resharding=resharding
+        )
+        progress = comparable_losses(progress, stored, datasets.described)
         with ranks_agree("continuing the learning-rate schedule"):
             if not config.finetune:
                 learning_rate.load_state_dict(
@@ -107,7 +131,8 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
                 )
 
     if tuned is not None:
-        state.set_kept_counts(tuned.kept_counts)
+        with ranks_agree("taking the counts of --sat-autotune"):
+            state.set_kept_counts(tuned.kept_counts)
 
     sinks, display = MetricsSinks([]), Display()
     run_file: Path | None = None
@@ -142,11 +167,14 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             step_work=step_work,
         )
     with display:
-        display.message(_describe(config, state, engine, topology, stored, progress))
+        display.message(_describe(config, state, engine, topology, stored, progress, resharding))
         if run_file is not None:
             display.message(f" versions, places of the ranks and all settings: {run_file}")
         if tuned is not None:
             display.message("\n".join(tuned.lines()))
+        if stored is not None and resuming:
+            for note in notes_on_resume(stored, config, datasets.described):
+                display.message(f" {note}")
         try:
             trainer = Trainer(
                 config,
@@ -165,18 +193,6 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
     return trainer
 
 
-def _autotune(config: TrainingConfig, resumed: StoredCheckpoint | None) -> Autotuned | None:
-    """The counts of ``--sat-autotune``; None without it, and where a resumed run has its own."""
-    if config.sat is None or config.sat_autotune is None:
-        return None
-    if resumed is not None:
-        stored = counts_by_rate(resumed.run_state["sat"].get("kept_counts", []))
-        schedule = OmissionSchedule.from_config(config.sat)
-        if stored and all(stage.rate in stored for stage in schedule.stages() if stage.rate > 0):
-            return None
-    return autotune(config)
-
-
 def _padded_vocab(config: TrainingConfig, vocab_size: int) -> int:
     return padded_vocab_size(
         vocab_size,
@@ -192,6 +208,7 @@ def _describe(
     topology: Topology,
     stored: StoredCheckpoint | None,
     progress: Progress,
+    resharding: Resharding | None,
 ) -> str:
     """What runs, in a few lines."""
     parallel, world_size = config.parallel, dist.get_world_size()
@@ -236,10 +253,12 @@ def _describe(
         )
         left_out = state.effective_rates_at(sat.omission_rate)
         lines.append(
-            f" after rounding that leaves out {left_out['attention']:.3f} of the heads and "
+            f" as it runs, that leaves out {left_out['attention']:.3f} of the heads and "
             f"{left_out['mlp']:.3f} of the channels"
         )
-        if not any(left_out.values()) and config.sat_autotune is None:
+        if any(state.kept_count(module, sat.omission_rate) for module in sat.modules):
+            lines.append(" heads and channels are counted as --sat-autotune found them fast")
+        elif not any(left_out.values()):
             lines.append(
                 " WARNING: nothing is left out: too few heads, and --sat-channel-multiple "
                 f"{sat.channel_multiple} is too coarse for these channels"
@@ -249,10 +268,8 @@ def _describe(
     if stored is not None:
         how = "weights of" if config.finetune else "continuing"
         lines.append(f" {how} {stored.folder}, at iteration {progress.iteration}")
-        was = stored.config.micro_batch_size
-        if config.sat is not None and not config.finetune and config.micro_batch_size != was:
-            lines.append(
-                f" --micro-batch-size is {config.micro_batch_size} and was {was}: subsets are now "
-                "chosen by other tokens, and differ from those of the run as it was"
-            )
+        if resharding is not None:
+            lines.append(f" {resharding.describe()}")
+        if (note := other_subsets(stored, config, world_size=world_size)) is not None:
+            lines.append(f" {note}")
     return "\n".join(lines)

@@ -22,6 +22,14 @@ LAYOUTS = {
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
+@pytest.fixture(params=["whole", "in parts"])
+def gradients_made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients at once, or in parts of two features, where what is left out saves little
+    (as in most of these small cases)."""
+    if request.param == "in parts":
+        monkeypatch.setattr(linear, "_ALIGNED", 2)
+
+
 def kept_positions(unit: int, sections: int, units: int, kept: list[int]) -> Tensor:
     rows = [(s * units + i) * unit + j for s in range(sections) for i in kept for j in range(unit)]
     return torch.tensor(rows, dtype=torch.int64)
@@ -49,6 +57,7 @@ def test_the_tolerances_catch_one_wrong_row() -> None:
         assert_close(wrong, weight)
 
 
+@pytest.mark.usefixtures("gradients_made")
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -81,6 +90,7 @@ def test_column_sliced_linear_is_the_masked_dense_one(
         assert not whole[mask == 0].any()
 
 
+@pytest.mark.usefixtures("gradients_made")
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
     "layout", [layout for layout in LAYOUTS.values() if layout[1] == 1] + [(2, 1, 3, [])]
@@ -193,3 +203,15 @@ def test_a_weight_that_units_do_not_fill_is_refused() -> None:
         column_sliced_linear(x, weight, index, sections=3)
     with pytest.raises(ValueError, match=r"weight columns \(9\)"):
         row_sliced_linear(x, weight, index, unit=2)
+
+
+@pytest.mark.parametrize(
+    ("kept", "tokens", "parts"),
+    [(50, 8192, 1), (90, 4096, 5), (90, 16384, 2), (90, 64, 8), (100, 4096, 1)],
+)
+def test_gradients_are_made_in_parts_where_little_is_saved(
+    kept: int, tokens: int, parts: int
+) -> None:
+    width = linear._part(4096, kept, 100, tokens=tokens)
+    assert -(-4096 // width) == parts
+    assert width == 4096 or width % 64 == 0

@@ -39,6 +39,11 @@ def test_no_channels() -> None:
     assert x.grad is not None and x.grad.shape == (3, 2, 0)
 
 
+def test_halves_must_be_equal() -> None:
+    with pytest.raises(ValueError, match="x has 5 features; valid: an even number"):
+        swiglu(torch.zeros(2, 5))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", list(ROUNDING))

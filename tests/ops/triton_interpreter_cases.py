@@ -66,7 +66,7 @@ def test_gathers_and_scatters_equal_the_pytorch_form(
         assert_same(triton_kernels.gather_columns(row_weight, index, unit=unit), kept)
         size = row_weight.shape[1]
         assert_same(
-            triton_kernels.scatter_columns(kept, index, columns=size, unit=unit),
+            triton_kernels.scatter_columns(kept, index, torch.empty_like(row_weight), unit=unit),
             forms.scatter_columns(kept, index, columns=size, unit=unit),
         )
 
@@ -80,7 +80,7 @@ def test_columns_walk_down_several_tiles_of_rows(monkeypatch: pytest.MonkeyPatch
     kept = forms.gather_columns(weight, index, unit=4)
     assert_same(triton_kernels.gather_columns(weight, index, unit=4), kept)
     assert_same(
-        triton_kernels.scatter_columns(kept, index, columns=20, unit=4),
+        triton_kernels.scatter_columns(kept, index, torch.empty(21, 20), unit=4),
         forms.scatter_columns(kept, index, columns=20, unit=4),
     )
 
@@ -95,8 +95,21 @@ def test_operands_need_not_be_contiguous() -> None:
     assert_same(whole, forms.scatter_rows(kept, index, rows=8, unit=2))
     kept = weight[:, 2:6]
     assert_same(triton_kernels.gather_columns(weight, index, unit=2), kept)
-    whole = triton_kernels.scatter_columns(kept, index, columns=8, unit=2)
+    whole = triton_kernels.scatter_columns(kept, index, torch.empty(8, 8), unit=2)
     assert_same(whole, forms.scatter_columns(kept, index, columns=8, unit=2))
+
+
+def test_rows_are_placed_in_columns_of_a_matrix() -> None:
+    values, index = torch.randn(4, 3), torch.tensor([1, 2])
+    results = []
+    for form in ("triton", "torch"):
+        whole = torch.full((8, 9), 7.0)
+        with force_backend(form):  # type: ignore[arg-type]
+            forms.scatter_rows(values, index, rows=8, unit=2, out=whole[:, 3:6])
+        results.append(whole)
+    assert_same(*results)
+    assert (results[0][:, :3] == 7).all() and (results[0][:, 6:] == 7).all()
+    assert_same(results[0][2:6, 3:6].contiguous(), values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

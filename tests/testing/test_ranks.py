@@ -116,12 +116,33 @@ def test_process_groups_of_many_cases_do_not_pile_up() -> None:
     assert any(later < earlier for earlier, later in itertools.pairwise(counts))
 
 
-def threads_of_the_server() -> int:
-    return len(os.listdir(f"/proc/{os.getppid()}/task"))
+def threads(pid: int) -> list[str]:
+    """The names of a process's threads."""
+    return sorted(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm"))
 
 
-def test_the_server_has_one_thread_so_that_forks_lose_none() -> None:
-    assert run_on_ranks(threads_of_the_server, 1) == [1]
+def threads_of_the_server() -> list[str]:
+    return threads(os.getppid())
+
+
+# Asks for GPUs as the server does: without a context.
+BARE = "import sys, torch; torch.cuda.device_count(); print(flush=True); sys.stdin.read()"
+
+
+def test_the_server_starts_no_thread_so_that_forks_lose_none() -> None:
+    """It has those alone that every process has that imports PyTorch and asks for GPUs: without a
+    GPU that is one. What libraries and a driver start there, nobody can fork without."""
+    (of_the_server,) = run_on_ranks(threads_of_the_server, 1)
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", BARE]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        bare = threads(process.pid)
+        process.kill()
+    assert of_the_server == bare
+    assert len(bare) == 1 or torch.cuda.is_available()
 
 
 def end_all_groups() -> None:

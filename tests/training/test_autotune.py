@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,8 +64,30 @@ def test_what_may_be_chance_changes_nothing() -> None:
 
 
 def test_a_fast_size_far_from_the_rate_is_not_taken() -> None:
-    layer = MeasuredLayer(lambda heads, channels: work(heads, channels) * (channels != 2048))
-    assert all(abs(count / 4096 - 0.6) <= 0.03 for count in autotune._near(layer.state, 0.4))
+    def fast_at(channels: int) -> Times:
+        return lambda h, c: work(h, c) * (0.5 if c == channels else 1)
+
+    assert tuned(fast_at(2048)).channels == 2432
+    assert tuned(fast_at(2560)).channels == 2560
+
+
+def test_counts_are_multiples_of_what_the_flag_says() -> None:
+    layer = MeasuredLayer(work, "--sat-channel-multiple 256")
+    assert autotune._near(layer.state, 0.4) == [2560]
+    layer = MeasuredLayer(work, "--sat-channel-multiple 96")
+    assert autotune._near(layer.state, 0.4) == []
+
+
+def test_where_rounding_leaves_nothing_out_nothing_is_measured() -> None:
+    def unasked(heads: int, channels: int) -> float:
+        raise AssertionError
+
+    layer = MeasuredLayer(unasked, "--sat-channel-multiple 4096 --sat-modules mlp")
+    rung = autotune._tune(layer, 0.4, 1)
+    assert (rung.heads, rung.channels, rung.milliseconds) == (32, 4096, None)
+    result = autotune.Autotuned(rungs=(rung,), modules=("mlp",), heads=32, channels=4096, source="")
+    assert result.lines() == [" autotune: rate 0.400: dense; rounding leaves nothing out"]
+    assert result.kept_counts == {0.4: {"mlp": 4096}}
 
 
 def test_what_is_slower_than_dense_runs_dense() -> None:
@@ -100,6 +124,17 @@ def test_set_counts_take_the_place_of_rounded_ones_and_are_in_a_checkpoint() -> 
     resumed = state_of()
     resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
     assert resumed.kept_units(0.5) == {"attention": None, "mlp": 7}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"modules": ("mlp",)}, {"channel_multiple": 5}, {"selection_groups": 2}]
+)
+def test_counts_set_for_other_settings_are_not_taken(changes: dict[str, Any]) -> None:
+    state, resumed = state_of(), state_of(**changes)
+    state.set_kept_counts({0.5: {"attention": 8, "mlp": 14}})
+    expected = resumed.kept_units(0.5)
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.kept_units(0.5) == expected
 
 
 @pytest.mark.parametrize("counts", [{"attention": 6}, {"mlp": 21}, {"mlp": 0}])
@@ -143,11 +178,53 @@ def test_a_run_measures_once_and_keeps_to_its_table(tmp_path: Path) -> None:
     assert not table.exists()
     assert effective_rates(resumed) == [{"attention": 0.0, "mlp": 0.25}] * 6
 
-    # A table is good for its own case alone.
+    # A run that began without the flag keeps its counts too.
+    line = f"{flags} --train-iters 6 --load {tmp_path / 'plain'}"
+    with pytest.raises(RankError, match=r"--sat-autotune would change the counts of the run in"):
+        train_on_ranks(tiny_run(data, line, save=tmp_path / "plain"), 2)
+
+
+def test_a_table_is_good_for_its_own_case_and_its_counts_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune.dist, "get_world_size", lambda: 1)
+    table, config = tmp_path / "table.json", MeasuredLayer(work).config
+    rung = tuned(work)
+    shared: dict[str, Any] = {"modules": ("attention", "mlp"), "heads": 32, "channels": 4096}
+    result = autotune.Autotuned(rungs=(rung,), source="", **shared)
+    autotune._write(table, autotune._case(config), result)
+    assert autotune._read(table, config) == [asdict(rung)]
+    for other in ("--micro-batch-size 2", "--recompute-granularity selective", "--bf16"):
+        assert autotune._read(table, MeasuredLayer(work, other).config) is None
+    written = json.loads(table.read_text())
+    written["rungs"][0]["heads"] = 33
     table.write_text(json.dumps(written))
-    case = written["case"]
-    assert autotune._read(table, case) == written["rungs"]
-    assert autotune._read(table, {**case, "seq_length": 1}) is None
+    with pytest.raises(
+        ValueError, match=r"heads is 33 at rate 0\.4; valid: a multiple of 1, up to"
+    ):
+        autotune._read(table, config)
+
+
+def test_a_resumed_run_is_measured_in_the_groups_of_its_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = MeasuredLayer(work, "--sat-autotune --load x --override-sat-schedule").config
+    seen = []
+
+    def layer(config: Any) -> MeasuredLayer:
+        seen.append(config.sat.selection_groups)
+        return MeasuredLayer(work, "--sat-selection-groups 2")
+
+    for name, value in (("_Layer", layer), ("set_seeds", lambda seed: None)):
+        monkeypatch.setattr(autotune, name, value)
+    monkeypatch.setattr(autotune.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(autotune.dist, "broadcast_object_list", lambda items: None)
+    state = SATState(config.sat)
+    sat_state = {**state.state_dict(), "selection_groups": 2}
+    resumed = SimpleNamespace(run_state={"sat": sat_state})
+    assert (result := autotune.autotune(config, resumed)) is not None  # type: ignore[arg-type]
+    assert seen == [2]
+    assert all(rung.heads % 2 == 0 and rung.channels % 2 == 0 for rung in result.rungs)
 
 
 @pytest.mark.parametrize(

@@ -161,18 +161,20 @@ def times(folder: Path) -> dict[Path, int]:
 
 OTHERS = {
     "--num-layers 3": "num_layers is 2 in the checkpoint and 3 in this run",
-    TENSOR_PARALLEL: "tensor_model_parallel_size is 1 in the checkpoint and 2 in this run",
-    "--zero-stage 1": "zero_stage is 3 in the checkpoint and 1 in this run",
-    "--vocab-size 200": "padded_vocab_size is 128 in the checkpoint and 208 in this run",
+    "--vocab-size 200": "vocab_size is 128 in the checkpoint and 200 in this run",
     "--sat-omission-rate 0.3": "sat_omission_rate is 0.5 in the checkpoint and 0.3 in this run",
     "--lr 0.005": "--lr is 0.005, but the checkpoint has 0.01",
+    "--seed 7": "--seed is 1234 in the checkpoint and 7 in this run",
+    "--train-data-path {other}": "the training data are numbers (documents 0 to 120, ",
     "--ckpt-step 7": "global_step7 is not a checkpoint of this trainer",
 }
 
 
 @pytest.mark.parametrize("flags", OTHERS)
 def test_a_checkpoint_of_another_run(tmp_path, tiny_data, saved, flags):
-    line = f"{SAT}--train-iters 3 --eval-iters 0 --load {saved} {flags}"
+    (tmp_path / "data").mkdir()
+    other = write_indexed_data(tmp_path / "data" / "other", seed=2)
+    line = f"{SAT}--train-iters 3 --eval-iters 0 --load {saved} {flags.format(other=other)}"
     before = times(saved)
     message = message_of(tiny_run(tiny_data, line, save=tmp_path / "save"))
     assert OTHERS[flags] in message
@@ -180,6 +182,7 @@ def test_a_checkpoint_of_another_run(tmp_path, tiny_data, saved, flags):
     # Nor in the folder that was refused, had it been the one to save to.
     assert message == message_of(tiny_run(tiny_data, line, save=saved))
     assert times(saved) == before
+    assert len(list((tmp_path / "data").iterdir())) == 2  # and no index
 
 
 def test_a_save_folder_that_holds_another_run(tmp_path, tiny_data, saved):

@@ -71,26 +71,17 @@ REFUSED = {
     "--ffn-hidden-size 256": "ffn_hidden_size is 128 in the checkpoint and 256 in this run",
     "--qk-layernorm": "qk_layernorm is False in the checkpoint and True in this run",
     "--rotary-base 500000": "rotary_base is 10000.0 in the checkpoint and 500000.0 in this run",
-    "--zero-stage 1": "zero_stage is 3 in the checkpoint and 1 in this run",
     "--bf16": "bf16 is False in the checkpoint and True in this run",
 }
 
 
 @pytest.mark.parametrize("how", ["", "--finetune ", "--override-sat-schedule "])
-def test_another_model_or_layout_is_refused_with_both_values(saved, tiny_data, how):
+def test_another_model_or_precision_is_refused_with_both_values(saved, tiny_data, how):
     stored = find_checkpoint(str(saved))
     for flags, message in REFUSED.items():
         config = settings(tiny_data, saved, how + flags)
         with pytest.raises(ValueError, match=f"--load {saved}: {message}$"):
-            check_compatible(stored, config, world_size=1, padded_vocab_size=128)
-    config = settings(tiny_data, saved, how)
-    with pytest.raises(ValueError, match=r"padded_vocab_size is 128 .* and 144 in this run$"):
-        check_compatible(stored, config, world_size=1, padded_vocab_size=144)
-    with pytest.raises(ValueError, match=r"world_size is 1 in the checkpoint and 2 in this run$"):
-        check_compatible(stored, config, world_size=2, padded_vocab_size=128)
-    config = settings(tiny_data, saved, how + "--tensor-model-parallel-size 2", world_size=2)
-    with pytest.raises(ValueError, match=r"tensor_model_parallel_size is 1 .* and 2 in this run"):
-        check_compatible(stored, config, world_size=2, padded_vocab_size=128)
+            check_compatible(stored, config)
 
 
 CHANGED_SCHEDULES = {
@@ -108,13 +99,13 @@ def test_another_sat_schedule_is_refused_unless_it_is_meant(saved, tiny_data):
     for flags, message in CHANGED_SCHEDULES.items():
         config = settings(tiny_data, saved, flags)
         with pytest.raises(ValueError, match=f"--load .*{message}.* --override-sat-schedule"):
-            check_compatible(stored, config, world_size=1, padded_vocab_size=128)
+            check_compatible(stored, config)
         for meant in (" --override-sat-schedule", " --finetune"):
             config = settings(tiny_data, saved, flags + meant)
-            check_compatible(stored, config, world_size=1, padded_vocab_size=128)
+            check_compatible(stored, config)
     # A run takes the stored groups unless it names its own.
     config = settings(tiny_data, saved, "--sat-selection-groups 2")
-    check_compatible(stored, config, world_size=1, padded_vocab_size=128)
+    check_compatible(stored, config)
 
 
 def test_an_overridden_schedule_and_a_chosen_step(copied, tiny_data):

@@ -132,6 +132,14 @@ def test_what_a_run_leaves(runs):
     assert [event.step for event in events.Scalars("validation/valid/loss")] == [0, 2, 4]
 
 
+def test_the_first_screen_is_ours(runs):
+    _, _, output = runs["python"]
+    first, *lines = output.splitlines()
+    assert first.startswith(" megatron_sat 0.")
+    if not torch.cuda.is_available():
+        assert all(line.startswith(" ") for line in lines), "something else wrote a line"
+
+
 def errors(process: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
 
@@ -157,5 +165,7 @@ def test_a_mistake_that_one_rank_sees_ends_all(tmp_path, tiny_data):
     assert message == f"error: --train-data-path: {tiny_data}_elsewhere.idx does not exist"
     # torchrun ends a rank that is still about to exit.
     assert "exitcode  : 2" in process.stderr
+    # What it says last, below its own traceback, is ours.
+    assert process.stderr.splitlines()[-2].strip() == f"traceback : {message}"
     assert "RanksStopped" not in process.stderr
     assert not (tmp_path / "save").exists()

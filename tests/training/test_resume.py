@@ -96,7 +96,25 @@ def test_a_finished_run_can_be_made_longer(tmp_path, tiny_data):
 def test_a_finished_run_that_is_started_again_does_nothing(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, "--train-iters 3", save=tmp_path)
     lines = train_on_ranks(argv, 1)
-    assert train_on_ranks([*argv, "--load", str(tmp_path)], 1) == lines
+    (output,) = run_on_ranks(printed, 1, [*argv, "--load", str(tmp_path)])
+    assert read_metrics(tmp_path / METRICS_FILE) == lines
+    told = " nothing is left to train: iteration 3 of 3 is done; raise --train-iters to go on"
+    assert output.splitlines()[-1] == told
+
+
+@pytest.mark.parametrize("every_save", [False, True])
+def test_a_finished_run_can_still_be_exported(tmp_path, tiny_data, every_save):
+    save, argv = tmp_path / "save", tiny_run(tiny_data, "--train-iters 3 --eval-iters 0")
+    argv += ["--save", str(save), *(["--save-hf-every-save"] if every_save else [])]
+    folders = [tmp_path / "at once", tmp_path / "later"]
+    train_on_ranks([*argv, "--save-hf", str(folders[0])], 1)
+    train_on_ranks([*argv, "--save-hf", str(folders[1]), "--load", str(save)], 1)
+    at_once, later = (
+        {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+        for folder in folders
+    )
+    assert at_once == later
+    assert ("iter_0000003/" if every_save else "") + "model.safetensors" in later
 
 
 def printed(argv: list[str]) -> str:
@@ -122,7 +140,7 @@ def test_other_micro_batches_are_mentioned(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, "--train-iters 3 --sat-omission-rate 0.5 --eval-iters 0 ")
     train_on_ranks([*argv, "--save", str(tmp_path)], 1)
     argv += ["--load", str(tmp_path)]
-    warning = "--micro-batch-size is 4 and was 2: subsets are now chosen by other tokens"
+    warning = "data-parallel size x --micro-batch-size is 1 x 4 and was 1 x 2: subsets are now "
     for flags, expected in (
         ([], False),
         (["--micro-batch-size", "4"], True),

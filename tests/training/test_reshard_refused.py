@@ -1,0 +1,127 @@
+"""What cannot go on in another layout: one message on all ranks, before any work or on loading."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_sat.checkpoint.reshard import ReshardedStates
+from megatron_sat.testing import run_on_ranks
+from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.checkpoint import check_compatible, find_checkpoint
+from megatron_sat.training.initialize import RanksStopped
+from megatron_sat.training.reshard import Resharding, plan_resharding
+
+RUN = "--train-iters 2 --lr-decay-iters 4 --eval-iters 0 --micro-batch-size 1 "
+TENSOR_PARALLEL = "--tensor-model-parallel-size 2 --micro-batch-size 2 "
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The save folder of a run at DP 2 x TP 1 and ZeRO stage 1."""
+    save = tmp_path_factory.mktemp("saved")
+    train_on_ranks(tiny_run(tiny_data, f"{RUN}--zero-stage 1", save=save), 2)
+    return save
+
+
+def plan(save: Path, data: Path, flags: str, *, world_size: int = 1) -> Resharding | None:
+    """What `plan_resharding` makes of a resumed run, on one rank if nothing else is said."""
+    argv = tiny_run(data, f"{RUN}--load {save} {flags}")
+    config = parse_args(argv, world_size=world_size)
+    stored = find_checkpoint(str(save))
+    check_compatible(stored, config)
+    return plan_resharding(stored, config, world_size=world_size, padded_vocab=128)
+
+
+def test_the_same_layout_is_deepspeeds_to_load(saved: Path, tiny_data: Path) -> None:
+    assert plan(saved, tiny_data, "--zero-stage 1", world_size=2) is None
+    assert plan(saved, tiny_data, "--zero-stage 1") is not None
+    assert plan(saved, tiny_data, "--zero-stage 2", world_size=2) is not None
+    other = plan(saved, tiny_data, f"{TENSOR_PARALLEL}--zero-stage 1", world_size=2)
+    assert other is not None and not other.keeps_ranks
+
+
+REFUSED_JSON = {
+    ("offload_optimizer", "device", "nvme"): '"nvme"; valid .*: "none" or "cpu"$',
+    ("offload_optimizer", "ratio", 0.5): "0.5; valid .*: 1.0$",
+    ("offload_param", "device", "nvme"): '"nvme"; valid .*: "none" or "cpu"$',
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_JSON)
+def test_states_out_of_reach_are_refused(
+    saved: Path, tmp_path: Path, tiny_data: Path, case: tuple[str, str, Any]
+) -> None:
+    section, field, value = case
+    written = tmp_path / "deepspeed.json"
+    settings = {"device": "cpu", "nvme_path": str(tmp_path), field: value}
+    written.write_text(json.dumps({"zero_optimization": {section: settings}}))
+    message = rf'--deepspeed_config has "zero_optimization.{section}.{field}": '
+    with pytest.raises(ValueError, match=message + REFUSED_JSON[case]):
+        plan(saved, tiny_data, f"--deepspeed_config {written}")
+
+
+def test_what_else_cannot_be_resharded_is_refused_with_both_values(
+    saved: Path, tmp_path: Path, tiny_data: Path
+) -> None:
+    with pytest.raises(ValueError, match="vocab_size is 128 in the checkpoint and 127 in this run"):
+        plan(saved, tiny_data, "--vocab-size 127")
+    with pytest.raises(ValueError, match="bf16 is False in the checkpoint and True in this run"):
+        plan(saved, tiny_data, "--bf16")
+    written = tmp_path / "deepspeed.json"
+    written.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    assert plan(saved, tiny_data, f"--deepspeed_config {written}") is not None
+    with pytest.raises(ValueError, match=r'round_robin_gradients": true; valid .*: false$'):
+        plan(saved, tiny_data, f"--zero-stage 2 --deepspeed_config {written}")
+
+
+def stopped(argv: list[str]) -> str:
+    """Why the run stopped, on this rank."""
+    with pytest.raises(RanksStopped) as raised:
+        train(argv)
+    assert raised.value.by_user
+    return str(raised.value)
+
+
+def stopped_where_one_rank_cannot_read(argv: list[str]) -> str:
+    fill = ReshardedStates.fill
+
+    def fail(self: ReshardedStates, *args: Any, kind: str = "weight", **options: Any) -> None:
+        if dist.get_rank() == 1 and kind == "exp_avg_sq":
+            raise OSError(5, "Input/output error", "of rank 1")
+        fill(self, *args, kind=kind, **options)
+
+    with mock.patch.object(ReshardedStates, "fill", fail):
+        return stopped(argv)
+
+
+def test_all_ranks_stop_with_the_file(saved: Path, tmp_path: Path, tiny_data: Path) -> None:
+    save = Path(shutil.copytree(saved, tmp_path / "run"))
+    argv = tiny_run(tiny_data, f"{RUN}{TENSOR_PARALLEL}--load {save}")
+    messages = run_on_ranks(stopped_where_one_rank_cannot_read, 2, argv)
+    assert messages[0] == messages[1] and "Input/output error" in messages[0]
+
+    file = save / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    states = torch.load(file, weights_only=False)
+    states["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["step"] += 1
+    size = file.stat().st_size
+    torch.save(states, file)
+    assert file.stat().st_size == size  # which is looked at first
+    messages = run_on_ranks(stopped, 2, argv)
+    assert messages[0] == messages[1]
+    assert messages[0].endswith("Adam's states have step counts 2, 3, not one")
+
+    content = file.read_bytes()
+    file.write_bytes(b"x" * 4096 + content[4096:-4096] + b"x" * 4096)
+    messages = run_on_ranks(stopped, 2, argv)
+    assert messages[0] == messages[1] and f"{file} is damaged or cut short" in messages[0]
+
+    file.unlink()
+    messages = run_on_ranks(stopped, 2, argv)
+    assert messages[0] == messages[1] and f"{file} does not exist" in messages[0]
