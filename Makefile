@@ -1,6 +1,6 @@
 # Every command makes the environment it needs first, in .venv.
 .DEFAULT_GOAL := help
-.PHONY: help env test check lint types format quickstart clean
+.PHONY: help env test test-cluster check lint types format quickstart clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 ARGS ?=
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## make the environment
 
@@ -34,6 +34,10 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 
 test: $(STAMP) ## run all tests that this machine can run
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-cluster: $(STAMP) ## every launcher on two small hosts, and SLURM; needs root, installs packages
+	tests/cluster/install.sh
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cluster tests/cluster $(ARGS)
 
 check: lint types test ## lint, types and tests
 

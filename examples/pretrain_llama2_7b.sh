@@ -16,6 +16,7 @@ optional:
   MICRO_BATCH_SIZE  sequences of one forward pass on a GPU (default: 2)
   DEEPSPEED_CONFIG  default: examples/deepspeed_zero3.json
   GPUS              default: 8
+  LAUNCHER          what starts the ranks (default: deepspeed on GPUS devices), as "srun python"
 
 Flags are added at the end and replace those of this script: --sat-omission-rate 0 trains dense.
 END
@@ -24,12 +25,14 @@ END
 [[ -n ${DATA:-} && -n ${TOKENIZER:-} && -n ${SAVE:-} ]] || usage
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+launcher=(deepspeed --quiet --num_gpus "${GPUS:-8}")
 optional=()
 # Unquoted, as these are lists.
+[[ -z ${LAUNCHER:-} ]] || launcher=($LAUNCHER)
 [[ -z ${VALID:-} ]] || optional+=(--valid-data $VALID)
 [[ -z ${LOAD:-} ]] || optional+=(--load "$LOAD" --finetune)
 
-exec deepspeed --quiet --num_gpus "${GPUS:-8}" "$repository/pretrain_sat.py" \
+exec "${launcher[@]}" "$repository/pretrain_sat.py" \
     --num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 \
     --seq-length 4096 --untie-embeddings-and-output-weights \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER" \

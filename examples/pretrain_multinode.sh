@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Llama 2 13B on several nodes, started from one of them: 4 nodes of 8 GPUs make the paper's 32.
-# Needs passwordless ssh between the nodes, and this repository, the environment, data and SAVE at
-# the same paths on all of them.
+# Needs passwordless ssh between the nodes (or a LAUNCHER that does without), and this repository, the
+# environment, data and SAVE at the same paths on all of them.
 set -euo pipefail
 
 usage() {
@@ -19,23 +19,27 @@ optional:
   TENSOR_PARALLEL   GPUs that share a layer, within a node (default: 1); above 1 with sequence
                     parallelism
   DEEPSPEED_CONFIG  default: examples/deepspeed_zero3.json
+  LAUNCHER          what starts the ranks (default: deepspeed), as "srun python", which needs no
+                    HOSTFILE and no ssh
 
 Flags are added at the end and replace those of this script: --sat-omission-rate 0 trains dense.
 END
     exit 2
 }
-[[ -n ${HOSTFILE:-} && -n ${DATA:-} && -n ${TOKENIZER:-} && -n ${SAVE:-} ]] || usage
+[[ -n ${HOSTFILE:-}${LAUNCHER:-} && -n ${DATA:-} && -n ${TOKENIZER:-} && -n ${SAVE:-} ]] || usage
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+launcher=(deepspeed --quiet --hostfile "${HOSTFILE:-}")
 optional=()
 # Unquoted, as these are lists.
+[[ -z ${LAUNCHER:-} ]] || launcher=($LAUNCHER)
 [[ -z ${VALID:-} ]] || optional+=(--valid-data $VALID)
 [[ -z ${LOAD:-} ]] || optional+=(--load "$LOAD" --finetune)
 if ((${TENSOR_PARALLEL:-1} > 1)); then
     optional+=(--tensor-model-parallel-size "$TENSOR_PARALLEL" --sequence-parallel)
 fi
 
-exec deepspeed --quiet --hostfile "$HOSTFILE" "$repository/pretrain_sat.py" \
+exec "${launcher[@]}" "$repository/pretrain_sat.py" \
     --num-layers 40 --hidden-size 5120 --ffn-hidden-size 13824 --num-attention-heads 40 \
     --seq-length 4096 --untie-embeddings-and-output-weights \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER" \

@@ -16,13 +16,20 @@ if not HAS_CUDA:
 from megatron_sat.testing.ranks import start_server
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if HAS_CUDA:
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cluster", action="store_true", help="run the tests marked cluster too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {}
+    if not HAS_CUDA:
+        reasons["gpu"] = "needs a CUDA device, and torch sees none here"
+    if not config.getoption("--cluster"):
+        reasons["cluster"] = "needs a cluster, which `make test-cluster` starts"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -170,6 +170,10 @@ def test_flags_and_links_of_the_documentation_exist(page):
     text = page.read_text()
     options = {o for action in build_parser()._actions for o in action.option_strings}
     others = {"--num_gpus", "--quiet", "--hostfile", "--work-dir", "--logdir", "--nproc-per-node"}
+    others |= {"--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun's
+    others |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
+    others |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task"}  # SLURM's
+    others |= {"--kill-on-bad-exit", "--account", "--partition"}
     others |= {"--include_path", "--num_fewshot", "--batch_size", "--device"}  # lm_eval's
     sources = [
         *(REPOSITORY / "tools").glob("*.py"),

@@ -28,6 +28,7 @@ import megatron_sat.training  # noqa: F401
 from megatron_sat.corpora import expand
 from megatron_sat.perplexity import LONGEST_CONTEXT, Dtype, PerplexityReport, evaluate_perplexity
 from megatron_sat.training.initialize import ranks_agree, run
+from megatron_sat.training.launch import Launch
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +117,7 @@ def _write(path: str, report: PerplexityReport) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Launch.from_environment().world_size > 1:
         dist.init_process_group("gloo")
     with ranks_agree("looking for the files"):
         files = expand(args.data, flag="--data")

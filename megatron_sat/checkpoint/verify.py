@@ -32,7 +32,8 @@ from megatron_sat.training.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_sat.training.initialize import Launch, initialize, join
+from megatron_sat.training.initialize import initialize, join
+from megatron_sat.training.launch import Launch
 from megatron_sat.training.model import SATGPTModel, build_model, padded_vocab_size
 from megatron_sat.training.tokenizer import NullTokenizer
 

@@ -9,7 +9,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_sat.cpu import enable_cpu_path
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
-
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+from megatron_sat.training.launch import Launch
 
 
 class RanksStopped(RuntimeError):
@@ -36,34 +34,6 @@ class RanksStopped(RuntimeError):
     def __init__(self, message: str, *, by_user: bool) -> None:
         super().__init__(message)
         self.by_user = by_user
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """Which of how many processes this is."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        """What the deepspeed launcher or torchrun has set; nothing set is a run of one process,
-        for which the environment is completed.
-
-        Raises:
-            ValueError: only some of RANK, WORLD_SIZE and LOCAL_RANK are set.
-        """
-        missing = [name for name in _LAUNCH_VARIABLES if name not in os.environ]
-        if missing and len(missing) < len(_LAUNCH_VARIABLES):
-            raise ValueError(
-                f"the environment lacks {', '.join(missing)}; start the run with deepspeed or "
-                "torchrun, or with plain python and none of RANK, WORLD_SIZE, LOCAL_RANK set"
-            )
-        if missing:
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        rank, world_size, local_rank = (int(os.environ[name]) for name in _LAUNCH_VARIABLES)
-        return cls(rank=rank, world_size=world_size, local_rank=local_rank)
 
 
 class ModelParallelUnit:

@@ -2,9 +2,9 @@
 mistakes can be found soonest."""
 
 import functools
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -35,6 +35,7 @@ from megatron_sat.training.hf import (
     tokenizer_vocab_size,
 )
 from megatron_sat.training.initialize import initialize, ranks_agree, start
+from megatron_sat.training.launch import idle_tasks
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer, model_shape, step_flops
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
@@ -48,7 +49,9 @@ from megatron_sat.training.resume import (
     notes_on_resume,
     total_samples,
 )
+from megatron_sat.training.run_file import write_run_file
 from megatron_sat.training.tokenizer import build_tokenizer
+from megatron_sat.training.topology import Topology
 from megatron_sat.training.validation import check_paths, check_sat_layout
 
 
@@ -97,6 +100,9 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             iteration=stored.progress.iteration if stored is not None and resuming else 0,
         )
     initialize(config)
+    topology = Topology.gather()
+    with ranks_agree("looking at the devices"):
+        topology.check()
     check, samples = None, None
     if stored is not None and resuming:
         check = functools.partial(check_data, stored, config)
@@ -129,6 +135,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             state.set_kept_counts(tuned.kept_counts)
 
     sinks, display = MetricsSinks([]), Display()
+    run_file: Path | None = None
     with ranks_agree("opening the logs"):
         if rank == 0:
             sinks = open_sinks(
@@ -137,6 +144,15 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
                 start_iteration=progress.iteration,
                 settings=config.to_dict(),
             )
+            if config.checkpoint.save is not None:
+                run_file = write_run_file(
+                    config.checkpoint.save,
+                    iteration=progress.iteration,
+                    config=config,
+                    deepspeed_config=deepspeed_config,
+                    topology=topology,
+                    selection_groups=None if config.sat is None else state.selection_groups,
+                )
     if rank == 0:
         shape = model_shape(config, padded_vocab)
         schedule = state.schedule
@@ -151,7 +167,9 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             step_work=step_work,
         )
     with display:
-        display.message(_describe(config, state, engine, stored, progress, resharding))
+        display.message(_describe(config, state, engine, topology, stored, progress, resharding))
+        if run_file is not None:
+            display.message(f" versions, places of the ranks and all settings: {run_file}")
         if tuned is not None:
             display.message("\n".join(tuned.lines()))
         if stored is not None and resuming:
@@ -187,6 +205,7 @@ def _describe(
     config: TrainingConfig,
     state: SATState,
     engine: Any,
+    topology: Topology,
     stored: StoredCheckpoint | None,
     progress: Progress,
     resharding: Resharding | None,
@@ -197,20 +216,25 @@ def _describe(
         getattr(parameter, "ds_numel", parameter.numel())
         for parameter in engine.module.parameters()
     )
-    device = platform.machine() + " CPU"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    devices = " and ".join(f"{count} x {kind}" for kind, count in topology.devices().items())
+    groups = "" if config.sat is None else f", selection groups {state.selection_groups}"
     lines = [
         f" megatron_sat {megatron_sat.__version__}, torch {torch.__version__}, "
         f"DeepSpeed {deepspeed.__version__}, Megatron-core {megatron.core.__version__}",
-        f" {world_size} x {device}: data parallel {config.data_parallel_size(world_size)}, "
+        f" {devices}: data parallel {config.data_parallel_size(world_size)}, "
         f"tensor parallel {parallel.tensor_model_parallel_size}"
         f"{' with sequence parallel' if parallel.sequence_parallel else ''}, "
-        f"ZeRO stage {parallel.zero_stage}, {'bfloat16' if config.bf16 else 'float32'}",
+        f"ZeRO stage {parallel.zero_stage}, {'bfloat16' if config.bf16 else 'float32'}{groups}",
+        *topology.lines(),
         f" {parameters / 1e6:.1f}M parameters per tensor-parallel rank; "
         f"{config.global_batch_size} sequences of {config.model.seq_length} tokens a step, "
         f"{config.gradient_accumulation_steps(world_size)} micro-batches on each rank",
     ]
+    if idle_tasks():
+        lines.append(
+            f" WARNING: one process, and {idle_tasks()} more tasks of this SLURM job are idle; "
+            "srun starts them all"
+        )
     if config.train_only is not None:
         trained = sum(
             getattr(parameter, "ds_numel", parameter.numel())

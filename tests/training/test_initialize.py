@@ -10,7 +10,6 @@ from megatron.core import parallel_state
 
 from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.training.initialize import (
-    Launch,
     ModelParallelUnit,
     RanksStopped,
     initialize,
@@ -24,23 +23,6 @@ FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --train-iters 10 "
     "--lr 0.001 --data-path data --tokenizer-type NullTokenizer --vocab-size 100"
 )
-
-
-def test_launch_of_a_single_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")  # so that what from_environment sets is undone
-        monkeypatch.delenv(name)
-    assert Launch.from_environment() == Launch(rank=0, world_size=1, local_rank=0)
-    assert os.environ["LOCAL_RANK"] == "0"
-
-
-def test_launch_by_a_launcher(monkeypatch):
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert Launch.from_environment() == Launch(rank=5, world_size=8, local_rank=1)
-    monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(ValueError, match="the environment lacks LOCAL_RANK"):
-        Launch.from_environment()
 
 
 def agree(failures: dict[int, Exception]) -> tuple[bool, str]:

@@ -69,10 +69,10 @@ def free_port() -> list[str]:
         return ["--master_port", str(probe.getsockname()[1])]
 
 
-def start(command: list[str]) -> subprocess.CompletedProcess[str]:
+def start(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launched}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -85,7 +85,9 @@ def runs(tmp_path_factory, tiny_data) -> dict[str, tuple[Path, list[dict], str]]
     for name, layout in LAYOUTS.items():
         save = tmp_path_factory.mktemp(name)
         script = [*launcher(name), "pretrain_sat.py"]
-        process = start([*script, *tiny_run(tiny_data, SAT + layout, save=save)])
+        # In the script of a SLURM job of three tasks; srun is not among these launchers.
+        line = [*script, *tiny_run(tiny_data, SAT + layout, save=save)]
+        process = start(line, SLURM_JOB_ID="4711", SLURM_PROCID="0", SLURM_NTASKS="3")
         assert process.returncode == 0, process.stderr
         finished[name] = (save, read_metrics(save / METRICS_FILE), process.stdout + process.stderr)
     return finished
@@ -109,14 +111,19 @@ def test_every_launcher_trains_the_same(runs):
 def test_what_a_run_leaves(runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    checkpoints = {"global_step2", "global_step4"}
     for save, lines, output in runs.values():
         for line in lines:
             assert tuple(line) == (TRAIN_KEYS if line["kind"] == "train" else EVAL_KEYS)
         # DeepSpeed adds scripts that merge its files.
         names = {path.name for path in save.iterdir() if path.suffix != ".py"}
-        assert names == {METRICS_FILE, "latest", "global_step2", "global_step4", "tensorboard"}
+        assert names == {METRICS_FILE, "latest", *checkpoints, "tensorboard", "run-0.json"}
         assert output.count("iteration 4/4 | ") == 1
         assert output.count(f"saved {save}/global_step4") == 1
+        assert output.count(" ranks on 1 host: ") == 1
+        assert output.count(f"{save}/run-0.json") == 1
+    idle = "WARNING: one process, and 2 more tasks of this SLURM job are idle"
+    assert [name for name in runs if idle in runs[name][2]] == ["python"]
     save, lines, _ = runs["python"]
     events = EventAccumulator(str(save / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]

@@ -1,0 +1,127 @@
+"""The batch scripts of examples/slurm without SLURM: what they make of its variables. With it they
+run in tests/cluster."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sat.training.arguments import parse_args
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = REPOSITORY / "examples/slurm"
+# What the script prints is what srun is given; a file named `go` ends it, if it is told to wait.
+SRUN = """#!/bin/sh
+printf '%s\\0' "$@"
+[ -z "$WAIT" ] || { touch "$WAIT/started"; while [ ! -e "$WAIT/go" ]; do sleep 0.02; done; }
+exit "${CODE:-0}"
+"""
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$CALLS"
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Starts a script as SLURM does, in the repository, with an srun that prints its arguments."""
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name in ("LOAD", "VALID", "HOSTFILE", "LAUNCHER", "SCRIPT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(script: str, *flags: str, **variables: str) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "CALLS": str(tmp_path / "calls"),
+            "SLURM_JOB_ID": "4711",
+            "SLURM_CPUS_PER_TASK": "8",
+            "DATA": "data/a",
+            "TOKENIZER": "tokenizer.model",
+            "SAVE": str(tmp_path / "sa ve"),
+        }
+        return subprocess.Popen(
+            ["bash", SCRIPTS / script, *flags],
+            cwd=REPOSITORY,
+            env=environment | variables,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def trainer(process: subprocess.Popen[str]) -> list[str]:
+    """The trainer's flags, of a script that ended well."""
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    words = output.split("\0")[:-1]
+    position = next(i for i, word in enumerate(words) if word.endswith("/pretrain_sat.py"))
+    assert words[:position] == ["--kill-on-bad-exit=1", "python"]
+    return words[position + 1 :]
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS.glob("*.sh")])
+def test_ranks_are_tasks_and_flags_are_valid(job, script, tmp_path):
+    header = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", (SCRIPTS / script).read_text(), re.M))
+    assert header["ntasks-per-node"] == header["gpus-per-node"]
+    ranks = int(header["nodes"]) * int(header["ntasks-per-node"])
+    config = parse_args(trainer(job(script, "--lr", "1e-4")), world_size=ranks)
+    assert config.checkpoint.save == str(tmp_path / "sa ve")
+    assert config.optimizer.lr == 1e-4
+    assert config.model.num_layers == (40 if script == "several_nodes.sh" else 32)
+
+
+def test_a_chain_goes_on_from_its_last_checkpoint(job, tmp_path):
+    save = tmp_path / "sa ve"
+    save.mkdir()
+    config = parse_args(trainer(job("chain.sh", LOAD="runs/base")), world_size=8)
+    assert config.checkpoint.load == "runs/base" and config.finetune
+    (save / "latest").write_text("global_step100")
+    for restarts in ("0", "1"):
+        argv = trainer(job("chain.sh", LOAD="runs/base", SLURM_RESTART_COUNT=restarts))
+        config = parse_args(argv, world_size=8)
+        assert config.checkpoint.load == str(save) and not config.finetune
+
+
+def test_a_chain_stopped_before_its_first_checkpoint_begins_anew(job, tmp_path):
+    save = tmp_path / "sa ve"
+    save.mkdir()
+    metrics = save / "metrics.jsonl"
+    metrics.write_text("lines")
+    assert "--load" not in trainer(job("chain.sh"))
+    assert metrics.exists()  # of another run: the trainer refuses the folder
+    assert "--load" not in trainer(job("chain.sh", SLURM_RESTART_COUNT="2"))
+    assert not metrics.exists()
+    assert (save / "metrics-before-restart-2.jsonl").read_text() == "lines"
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 20
+    while not file.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_chain_is_requeued_when_its_time_is_nearly_over(job, tmp_path, code):
+    process = job("chain.sh", WAIT=str(tmp_path), CODE=str(code))
+    wait_for(tmp_path / "started", process)
+    process.send_signal(signal.SIGUSR1)
+    wait_for(tmp_path / "calls", process)  # training goes on until SLURM ends it
+    (tmp_path / "go").touch()
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "back to the queue" in output
+    assert (tmp_path / "calls").read_text() == "requeue 4711\n"
+
+
+def test_a_run_that_fails_ends_the_chain(job, tmp_path):
+    process = job("chain.sh", CODE="2")
+    process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert not (tmp_path / "calls").exists()
