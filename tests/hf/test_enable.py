@@ -146,14 +146,12 @@ def test_recomputation_uses_the_subset_of_the_first_pass(scope: str, reentrant: 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputation_of_an_earlier_micro_batch_is_refused(reentrant: bool) -> None:
     model = build_model("llama3").train()
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     state = enable_sat(model, sat(scope="micro-batch"))
     state.begin_step(1)
     forward(model).mean().backward()
     loss = forward(model).mean() + forward(model).mean()
-    with pytest.raises(RuntimeError, match='2 forwards before one backward.*scope="step"'):
+    with pytest.raises(RuntimeError, match=r'2 forwards before one backward.*scope="step"'):
         loss.backward()
 
 
@@ -228,7 +226,7 @@ def test_peft_is_refused_with_the_reason() -> None:
     model = build_model("llama3").train()
     enable_sat(model, sat()).begin_step(1)
     wrapped = peft.get_peft_model(model, lora)
-    with pytest.raises(TypeError, match="q_proj of 1.attention has been replaced by a peft"):
+    with pytest.raises(TypeError, match=r"q_proj of 1\.attention has been replaced by a peft"):
         forward(wrapped)
     merged = peft.get_peft_model(build_model("llama3"), lora).merge_and_unload()
     enable_sat(merged, sat())
