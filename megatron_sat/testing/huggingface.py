@@ -61,18 +61,21 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the `model_type`, and how its config.json differs from a small Llama's."""
 
 
-def build_model(case: str, *, seed: int = 1, **options: Any) -> Any:
+def build_model(
+    case: str, *, seed: int = 1, changes: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """A random `transformers` model of `FAMILY_CASES[case]`, in float32.
 
-    Norms and biases are random as well, so that none can be left out unseen. `options` go to
-    `from_config`, such as `attn_implementation`.
+    Norms and biases are random as well, so that none can be left out unseen. `changes` are of the
+    configuration; `options` go to `from_config`, such as `attn_implementation`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, changes = FAMILY_CASES[case]
-    values = {name: value for name, value in (_SHAPE | changes).items() if value is not None}
-    if "sliding_window" in changes:
-        values["sliding_window"] = changes["sliding_window"]
+    model_type, family = FAMILY_CASES[case]
+    values = {name: value for name, value in (_SHAPE | family).items() if value is not None}
+    if "sliding_window" in family:
+        values["sliding_window"] = family["sliding_window"]
+    values |= changes or {}
     config = AutoConfig.for_model(model_type, **values)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():

@@ -12,8 +12,20 @@ from megatron_sat.hf import enable_sat
 from megatron_sat.testing import mask_omitted
 from megatron_sat.testing.huggingface import VOCABULARY, build_model
 
-# Each family, multi-head (llama2) and grouped queries, sliding windows, biases, q/k norms.
-CASES = ["llama2", "llama3.1", "mistral", "qwen2", "qwen2.5-window", "qwen3"]
+# Each family, multi-head and grouped queries, sliding windows, biases, q/k norms.
+GROUPED, MULTI_HEAD = {}, {"num_key_value_heads": 6}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("llama2", MULTI_HEAD),
+    "llama3.1": ("llama3.1", GROUPED),
+    "llama, all biases": ("llama3", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", GROUPED),
+    "mistral, multi-head": ("mistral", MULTI_HEAD),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen2, multi-head": ("qwen2", MULTI_HEAD),
+    "qwen2.5, windows": ("qwen2.5-window", GROUPED),
+    "qwen3": ("qwen3", GROUPED),
+    "qwen3, multi-head": ("qwen3", MULTI_HEAD),
+}
 
 
 def sat(**changes: Any) -> SATConfig:
@@ -87,14 +99,15 @@ def omitted(model: Any, state: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("rate", [0.5, 0.96])
 @pytest.mark.parametrize("case", CASES)
 def test_a_sparse_step_is_the_masked_dense_one(case: str, rate: float, layout: str) -> None:
-    dense = build_model(case).train()
+    family, changes = CASES[case]
+    dense = build_model(family, changes=changes).train()
     sparse = copy.deepcopy(dense)
     state = enable_sat(sparse, sat(omission_rate=rate))
     state.begin_step(1)
     inputs = batch(layout)
     logits, gradients = run(sparse, inputs)
     kept = {name: len(site.subset.units) for name, site in state.sites.items()}
-    heads = {("llama2", 0.5): 3, ("llama2", 0.96): 1}.get((case, rate), {0.5: 4, 0.96: 2}[rate])
+    heads = {0.5: 3, 0.96: 1}[rate] if changes is MULTI_HEAD else {0.5: 4, 0.96: 2}[rate]
     assert kept == dict.fromkeys(["1.attention", "2.attention"], heads) | dict.fromkeys(
         ["1.mlp", "2.mlp"], {0.5: 40, 0.96: 4}[rate]
     )
