@@ -48,12 +48,6 @@ class SATCallback(TrainerCallback, ExportableState):
 
     # In the order in which a Trainer calls them
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take a place ahead of the reporting callbacks."""
-        self._go_first()
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

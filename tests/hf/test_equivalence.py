@@ -2,6 +2,7 @@
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from megatron_sat import SATConfig
 from megatron_sat.hf import enable_sat
+from megatron_sat.site import Site
 from megatron_sat.testing import mask_omitted
 from megatron_sat.testing.huggingface import VOCABULARY, build_model
 
@@ -251,20 +253,34 @@ def test_autocast_computes_as_the_masked_dense_model_does() -> None:
     dense = build_model("qwen2").train()
     sparse = copy.deepcopy(dense)
     state = enable_sat(sparse, sat())
-    in_float32 = enable_sat(other := copy.deepcopy(dense), sat())
     state.begin_step(1)
-    in_float32.begin_step(1)
     inputs = batch("right")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, gradients = run(sparse, inputs)
         with mask_omitted(dense, state):
             expected_logits, expected = run(dense, inputs)
-    run(other, inputs)
     assert logits.dtype == torch.bfloat16
     assert relative_error(logits.float(), expected_logits.float()) < 2e-2
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         assert relative_error(gradient, expected[name]) < 5e-2, name
-    # The first site meets the same inputs in both, and its scores are float32 in both.
-    first = state.sites["1.attention"].subset, in_float32.sites["1.attention"].subset
-    assert first[0].units.tolist() == first[1].units.tolist()
+
+
+def test_autocast_leaves_scores_in_float32() -> None:
+    """The first site meets the same inputs with and without it."""
+    scores = []
+    decide = Site.decide
+
+    def keep(site: Site, values: Tensor) -> Any:
+        scores.append(values)
+        return decide(site, values)
+
+    with mock.patch.object(Site, "decide", keep):
+        for enabled in (False, True):
+            model = build_model("qwen2").train()
+            enable_sat(model, sat()).begin_step(1)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                model(**batch("right"), use_cache=False)
+    assert len(scores) == 8
+    assert torch.equal(scores[0], scores[4])
+    assert not torch.equal(scores[1], scores[5])
