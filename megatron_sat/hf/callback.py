@@ -64,6 +64,8 @@ class SATCallback(TrainerCallback, ExportableState):
             raise ValueError("the Trainer has more than one SATCallback; give it one")
         if state.global_step > 0:
             _load(attachment, stored, step=state.global_step)
+        else:
+            attachment.state.reset()  # auto_find_batch_size begins several times
         attachment.group.connect(timeout=datetime.timedelta(seconds=args.ddp_timeout))
         self._attachment = attachment
         logger.info(
@@ -84,7 +86,9 @@ class SATCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Compare the subsets of all ranks now and then."""
-        if dist.is_initialized() and state.global_step % max(1, int(state.logging_steps)) == 0:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        if state.global_step % max(1, int(state.logging_steps)) == 0:
             checksum = self._running().state.checksum()
             check_equal_subsets(checksum, iteration=state.global_step)
 
@@ -101,7 +105,8 @@ class SATCallback(TrainerCallback, ExportableState):
             f"sat_{module}_omission_rate": rates[module] for module in self.config.modules
         }
         logs.update(values)
-        state.log_history[-1].update(values)  # which the Trainer wrote a moment ago
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)  # which the Trainer wrote a moment ago
 
     def state(self) -> dict[str, Any]:
         """What goes into ``trainer_state.json``: what the callback is made of, by transformers'

@@ -1,12 +1,15 @@
 """A model under SAT computes what the dense one does with zeros for what is left out."""
 
 import copy
+import itertools
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, DataCollatorWithFlattening
 
 from megatron_sat import SATConfig
 from megatron_sat.hf import enable_sat
@@ -143,6 +146,42 @@ def test_attention_is_that_which_the_model_was_loaded_with(case: str) -> None:
     # Only eager attention returns its weights: of the kept heads.
     heads = 3 if case == "llama2" else 4
     assert [weights.shape for weights in output.attentions] == [(3, heads, 9, 9)] * 2
+
+
+def attention_by_lengths(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """What FlashAttention's varlen form computes, in its layout, from the same arguments."""
+    assert mask is None and query.shape[0] == 1
+    borders = options["cu_seq_lens_q"].tolist()
+    parts = [
+        scaled_dot_product_attention(
+            *(x[:, :, start:stop] for x in (query, key, value)),
+            scale=options["scaling"],
+            is_causal=True,
+            enable_gqa=True,
+        )
+        for start, stop in itertools.pairwise(borders)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("case", ["llama2", "qwen3"])
+def test_padding_free_batches_with_lengths(case: str) -> None:
+    """As FlashAttention takes them: the lengths reach the attention function, heads or not."""
+    AttentionInterface.register("by-lengths", attention_by_lengths)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    inputs = collator([{"input_ids": list(range(size))} for size in (9, 3, 7)])
+    inputs.pop("labels")
+    gradients = []
+    for implementation in ("by-lengths", "sdpa"):
+        model = build_model(case, attn_implementation=implementation).train()
+        state = enable_sat(model, sat())
+        state.begin_step(1)
+        logits, grads = run(model, inputs)
+        gradients.append({"logits": logits, **grads})
+    for name, value in gradients[0].items():
+        assert relative_error(value, gradients[1][name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("modules", [("attention",), ("mlp",)])

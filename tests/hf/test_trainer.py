@@ -5,6 +5,7 @@ import copy
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -271,8 +272,10 @@ def test_mixed_precision(tmp_path: Path, llama: Path) -> None:
     assert logged(sparse) != logged(masked)
 
 
-def test_torch_compile(tmp_path: Path, llama: Path) -> None:
-    """By the Trainer, and of a model that is compiled already."""
+def test_torch_compile(tmp_path: Path) -> None:
+    """By the Trainer, and of a model that is compiled already. One layer, for the time it takes."""
+    llama = tmp_path / "model"
+    build_model("llama3", changes={"num_hidden_layers": 1}).save_pretrained(llama)
     options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"trainer_options": {"eval_dataset": padded_records(4)}}
     config = sat(total_steps=2, decay_start_step=1, ladder_rungs=1)
@@ -329,6 +332,33 @@ def test_a_model_made_by_the_trainer(tmp_path: Path) -> None:
     assert logged(trainer, "sat_omission_rate")[0] == 0.5
 
 
+class OutOfMemory(Trainer):
+    """A batch of 4 or more does not fit."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if len(inputs["input_ids"]) >= 4:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+
+def test_a_batch_size_that_does_not_fit_leaves_no_ranking(tmp_path: Path, llama: Path) -> None:
+    config = sat(selection="static", omission_rate=0.8)
+    found, given = Recorder(), Recorder()
+    fine_tune(
+        llama,
+        config,
+        tmp_path,
+        callbacks=[found],
+        auto_find_batch_size=True,
+        learning_rate=0.0,
+        trainer_class=OutOfMemory,
+    )
+    size = {"per_device_train_batch_size": 3, "learning_rate": 0.0}  # 0.9 of 4
+    fine_tune(llama, config, tmp_path, callbacks=[given], **size)
+    assert found.checksums == given.checksums
+
+
 # What is refused, before the first step
 
 
@@ -358,6 +388,21 @@ def enabled(config: SATConfig) -> Any:
     model = build_model("llama3")
     enable_sat(model, config)
     return model
+
+
+def test_ways_to_train_that_are_not_supported_are_refused(tmp_path: Path) -> None:
+    with mock.patch.object(TrainingArguments, "n_gpu", 2):
+        message = refused(enabled(sat()), [SATCallback(sat())], tmp_path)
+    assert message.startswith("the Trainer would share the batch among 2 GPUs in one process")
+    trainer = Trainer(
+        model=enabled(sat()),
+        args=arguments(tmp_path),
+        train_dataset=padded_records(),
+        callbacks=[SATCallback(sat())],
+    )
+    trainer.args.fsdp = True
+    with pytest.raises(ValueError, match="fsdp=True is not supported by SAT"):
+        trainer.train()
 
 
 def test_a_model_without_sat_and_another_configuration_are_refused(tmp_path: Path) -> None:
