@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # The base model's class, as its module and name, and the beginning of its layers' class names.
 # By name, so that none of these modules is imported for a model of another family.
@@ -100,7 +100,7 @@ def _check_linear(name: str, linear: nn.Module) -> None:
             f"{name} is a {found.__module__}.{found.__qualname__}, not a torch.nn.Linear; SAT "
             "trains unquantised models without replaced layers"
         )
-    if isinstance(linear.weight, torch.distributed.tensor.DTensor):
+    if isinstance(linear.weight, DTensor):
         raise TypeError(f"{name} is sharded over devices (tp_plan): load the model without it")
     check_forward(name, linear)
 

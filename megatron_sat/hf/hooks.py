@@ -124,8 +124,11 @@ class SubsetHook:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if module.training:
             self._prepare(module, args[0] if args else kwargs["hidden_states"])
-        elif self.key_value_groups is not None:
+            return
+        if self.key_value_groups is not None:
             module.num_key_value_groups = self.key_value_groups
+        if hasattr(getattr(module, self.columns[0]).weight, "ds_id"):  # partitioned by ZeRO-3
+            self._visit(module, _nothing)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -140,8 +143,6 @@ class SubsetHook:
                 scores = self._visit(module, functools.partial(_unit_scores, total, count))
                 site.decide(self._site_scores(scores))
         else:
-            # DeepSpeed's ZeRO-3 fetches ahead as long as modules run in the same order at every
-            # step, so they are called although there is nothing to do.
             self._visit(module, _nothing)
         if self.key_value_groups is not None:
             sparse = site.is_grouped_query and site.is_sparse
@@ -193,7 +194,8 @@ def _unit_scores(total: Tensor | None, count: Tensor | None, linear: SATColumnLi
 
 
 def _nothing(_: SATColumnLinear) -> None:
-    return None
+    """For calls that only keep the order: DeepSpeed's ZeRO-3 fetches ahead as long as modules run
+    in the same order at every step."""
 
 
 def _token_mask(attention_mask: Any) -> Tensor | None:

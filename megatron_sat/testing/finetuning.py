@@ -40,7 +40,6 @@ def fine_tune(
     callbacks: Sequence[Any] = (),
     resume: Path | None = None,
     trainer_class: type | None = None,
-    trainer_options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
     """Fine-tune the model of ``folder`` with the Trainer, and return it after its last step.
@@ -54,7 +53,6 @@ def fine_tune(
         callbacks: behind `SATCallback`.
         resume: a checkpoint to go on from.
         trainer_class: another class than the Trainer.
-        trainer_options: for its constructor.
         **arguments: of ``TrainingArguments``, in place of those given here.
     """
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -83,8 +81,8 @@ def fine_tune(
         model=model,
         args=training_arguments,
         train_dataset=padded_records(),
+        eval_dataset=padded_records(16, seed=4),
         callbacks=list(callbacks),
-        **(trainer_options or {}),
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer

@@ -90,10 +90,11 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path, llama: Path) -> N
     (expected,) = run_on_ranks(train, 1, llama, tmp_path, sat(), **one)
     assert [checksum is None for checksum in expected["checksums"]] == [False] * 7 + [True] * 3
     assert len(set(expected["checksums"])) == 8
+    evaluation = {"eval_strategy": "steps", "eval_steps": 4}
     for wrapper, options in {
         "DistributedDataParallel": {},
         "DeepSpeedEngine, stage 2": {"deepspeed": zero(2)},
-        "DeepSpeedEngine, stage 3": {"deepspeed": zero(3)},
+        "DeepSpeedEngine, stage 3": {"deepspeed": zero(3), **evaluation},
         "DeepSpeedEngine, stage 3, recomputed": {
             "deepspeed": zero(3),
             "gradient_checkpointing": True,
@@ -103,7 +104,8 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path, llama: Path) -> N
             assert rank["wrapper"] == wrapper.split(",")[0]
             assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5), wrapper
             assert rank["checksums"] == expected["checksums"], wrapper
-            # A weight is read only in its own module's call, in the same order at every step.
+            # A weight is read only in its own module's call, in the same order at every step, and
+            # in evaluation.
             assert (rank["external"], rank["gathered"]) == (0, 0), wrapper
             assert rank["dropped_traces"] == [], wrapper
 
@@ -194,3 +196,22 @@ def test_statistics_have_a_process_group_of_their_own_while_they_last(
     tmp_path: Path, llama: Path
 ) -> None:
     assert run_on_ranks(groups_left_after_training, 2, llama, tmp_path) == [(0, True)] * 2
+
+
+def refused_with_sharded_weights() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    forget_accelerate()
+    model = build_model("llama3")
+    linear = model.model.layers[1].mlp.gate_proj
+    sharded = distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
+    linear.weight = torch.nn.Parameter(sharded)
+    with pytest.raises(TypeError) as error:
+        enable_sat(model, sat())
+    return str(error.value)
+
+
+def test_weights_sharded_by_a_tensor_parallel_plan_are_refused() -> None:
+    for message in run_on_ranks(refused_with_sharded_weights, 2):
+        assert message.startswith("layers.1.mlp.gate_proj is sharded over devices (tp_plan)")

@@ -131,7 +131,6 @@ def test_reports_show_the_rates(tmp_path: Path, llama: Path) -> None:
         report_to="tensorboard",
         eval_strategy="steps",
         eval_steps=5,
-        trainer_options={"eval_dataset": padded_records(8)},
     )
     (file,) = (tmp_path / "run" / "runs").glob("*/events*")
     events = EventAccumulator(str(file))
@@ -161,7 +160,6 @@ def test_evaluation_is_dense(tmp_path: Path, llama: Path) -> None:
             eval_strategy="steps",
             eval_steps=3,
             eval_on_start=True,
-            trainer_options={"eval_dataset": padded_records(8)},
         )
         losses.append(logged(trainer, "eval_loss"))
     assert len(losses[0]) == 5 and losses[0] == losses[1]
@@ -277,7 +275,6 @@ def test_torch_compile(tmp_path: Path) -> None:
     llama = tmp_path / "model"
     build_model("llama3", changes={"num_hidden_layers": 1}).save_pretrained(llama)
     options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    options |= {"trainer_options": {"eval_dataset": padded_records(4)}}
     config = sat(total_steps=2, decay_start_step=1, ladder_rungs=1)
     plain = fine_tune(llama, config, tmp_path, **options)
     options |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
