@@ -175,16 +175,9 @@ class SubsetHook:
         """``[units]`` float32 of the scores of each linear's units: of a head the mean of Q, K and
         V, K and V being its group's (equation 7), of a channel the mean of gate and up."""
         groups = min(score.numel() for score in scores)
-        return (
-            torch.stack(
-                [
-                    score.view(groups, -1).expand(groups, self.site.units // groups)
-                    for score in scores
-                ]
-            )
-            .mean(dim=0)
-            .flatten()
-        )
+        shared = self.site.units // groups
+        spread = [score.view(groups, -1).expand(groups, shared) for score in scores]
+        return torch.stack(spread).mean(dim=0).flatten()
 
 
 def _unit_scores(total: Tensor | None, count: Tensor | None, linear: SATColumnLinear) -> Tensor:
