@@ -137,6 +137,13 @@ class SATState:
         if self.config is not None and self.config.scope == "micro-batch":
             self._forget()
 
+    def reset(self) -> None:
+        """Forget steps, subsets and static rankings: a training starts anew."""
+        self.step = None
+        self._forget()
+        for site in self.sites.values():
+            site.ranking = None
+
     @property
     def rate(self) -> float:
         """The omission rate of the announced step. RuntimeError before :meth:`begin_step`."""

@@ -2,10 +2,11 @@
 
 import datetime
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+
+from megatron_sat.communication import reduce_statistic
 
 
 class ScoreCommunicator:
@@ -48,11 +49,7 @@ class ScoreCommunicator:
 
     def reduce_statistic(self, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Sum ``total`` ``[in]`` and ``count`` ``[]`` over the ranks, in one message."""
-        if self._statistic_group is None:
-            return total, count
-        packed = torch.cat([total, count.reshape(1)])
-        dist.all_reduce(packed, group=self._statistic_group)
-        return packed[:-1], packed[-1]
+        return reduce_statistic(total, count, self._statistic_group)
 
     def gather_scores(self, scores: Tensor) -> Tensor:
         """Concatenate each tensor-parallel rank's ``[n / p]`` scores to the site's ``[n]``."""

@@ -8,8 +8,12 @@ out, and has the operands' dtype.
 
 The parts take 2-D operands and read no size from a weight that is not also multiplied, so a
 caller whose parameter is partitioned (ZeRO-3) may use them with sizes from its configuration.
+
+Under autocast the operands may have different dtypes, and the GEMMs take autocast's, as those of
+`torch.nn.functional.linear` do; backward runs under the autocast of its forward.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -147,6 +151,7 @@ class _ColumnSlicedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, index)
         ctx.rows, ctx.layout = weight.shape[0], {"unit": unit, "sections": sections}
+        ctx.autocast = _autocast_of(x)
         y = column_forward(_tokens(x), weight, index, bias=bias, **ctx.layout)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -157,12 +162,13 @@ class _ColumnSlicedLinear(torch.autograd.Function):
         needs_x, needs_weight, _, needs_bias, _, _ = ctx.needs_input_grad
         dy = _tokens(grad_output)
         dx = dweight = dbias = None
-        if needs_x:
-            dx = column_input_grad(dy, weight, index, **ctx.layout).view_as(x)
-        if needs_weight:
-            dweight = column_weight_grad(dy, _tokens(x), index, rows=ctx.rows, **ctx.layout)
-        if needs_bias:
-            dbias = column_bias_grad(dy, index, rows=ctx.rows, **ctx.layout)
+        with _same_autocast(ctx.autocast):
+            if needs_x:
+                dx = column_input_grad(dy, weight, index, **ctx.layout).view_as(x)
+            if needs_weight:
+                dweight = column_weight_grad(dy, _tokens(x), index, rows=ctx.rows, **ctx.layout)
+            if needs_bias:
+                dbias = column_bias_grad(dy, index, rows=ctx.rows, **ctx.layout)
         return dx, dweight, None, dbias, None, None
 
 
@@ -181,6 +187,7 @@ class _RowSlicedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, unit: int) -> Tensor:
         ctx.save_for_backward(x, weight, index)
         ctx.columns, ctx.unit = weight.shape[1], unit
+        ctx.autocast = _autocast_of(x)
         y = row_forward(_tokens(x), weight, index, unit=unit)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -191,10 +198,11 @@ class _RowSlicedLinear(torch.autograd.Function):
         needs_x, needs_weight, _, _ = ctx.needs_input_grad
         dy = _tokens(grad_output)
         dx = dweight = None
-        if needs_x:
-            dx = row_input_grad(dy, weight, index, unit=ctx.unit).view_as(x)
-        if needs_weight:
-            dweight = row_weight_grad(dy, _tokens(x), index, columns=ctx.columns, unit=ctx.unit)
+        with _same_autocast(ctx.autocast):
+            if needs_x:
+                dx = row_input_grad(dy, weight, index, unit=ctx.unit).view_as(x)
+            if needs_weight:
+                dweight = row_weight_grad(dy, _tokens(x), index, columns=ctx.columns, unit=ctx.unit)
         return dx, dweight, None, None
 
 
@@ -243,3 +251,21 @@ def row_sliced_linear(x: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1
 def _tokens(x: Tensor) -> Tensor:
     """[..., features] -> [T, features]; `reshape(-1, n)` cannot tell T where n is 0."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+_Autocast = tuple[str, torch.dtype] | None
+
+
+def _autocast_of(x: Tensor) -> _Autocast:
+    """Device type and dtype of the autocast that acts on operands like `x` now, if one does."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return kind, torch.get_autocast_dtype(kind)
+
+
+def _same_autocast(autocast: _Autocast) -> AbstractContextManager[Any]:
+    if autocast is None:
+        return nullcontext()
+    kind, dtype = autocast
+    return torch.autocast(kind, dtype=dtype)

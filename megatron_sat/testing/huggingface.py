@@ -61,30 +61,41 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the `model_type`, and how its config.json differs from a small Llama's."""
 
 
-def write_model(folder: Path, case: str, *, seed: int = 1, **options: Any) -> Path:
-    """Write a random `transformers` model of `FAMILY_CASES[case]` to `folder`.
+def build_model(
+    case: str, *, seed: int = 1, changes: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """A random `transformers` model of `FAMILY_CASES[case]`, in float32.
 
-    Norms and biases are random as well, so that none can be left out unseen. `options` go to
-    `save_pretrained`, but for `dtype`.
+    Norms and biases are random as well, so that none can be left out unseen. `changes` are of the
+    configuration; `options` go to `from_config`, such as `attn_implementation`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, changes = FAMILY_CASES[case]
-    values = {name: value for name, value in (_SHAPE | changes).items() if value is not None}
-    if "sliding_window" in changes:
-        values["sliding_window"] = changes["sliding_window"]
-    dtype = options.pop("dtype", torch.float32)
+    model_type, family = FAMILY_CASES[case]
+    values = {name: value for name, value in (_SHAPE | family).items() if value is not None}
+    if "sliding_window" in family:
+        values["sliding_window"] = family["sliding_window"]
+    values |= changes or {}
     config = AutoConfig.for_model(model_type, **values)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 noise = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_(noise + 0.5 if "norm" in name else noise - 0.5)
-    model.to(dtype).save_pretrained(folder, **options)
+    return model
+
+
+def write_model(folder: Path, case: str, *, seed: int = 1, **options: Any) -> Path:
+    """Write `build_model(case, seed=seed)` to `folder`.
+
+    `options` go to `save_pretrained`, but for `dtype`.
+    """
+    dtype = options.pop("dtype", torch.float32)
+    build_model(case, seed=seed).to(dtype).save_pretrained(folder, **options)
     return folder
 
 

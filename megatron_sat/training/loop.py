@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_sat.communication import check_equal_subsets
 from megatron_sat.flops import ModelShape, training_flops
 from megatron_sat.state import SATState
 from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
@@ -301,18 +302,3 @@ def step_flops(
         ),
         recompute_modules=parallel.recompute_modules or ("core_attn",),
     )
-
-
-def check_equal_subsets(checksum: str | None, *, iteration: int) -> None:
-    """RuntimeError on all ranks, with the values, if they do not run the same subsets. Collective.
-
-    Tensor-parallel ranks that left out different units would train on wrong numbers silently.
-    """
-    checksums: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(checksums, checksum)
-    for rank, other in enumerate(checksums):
-        if other != checksums[0]:
-            raise RuntimeError(
-                f"iteration {iteration}: the subsets of rank {rank} have checksum {other}, those "
-                f"of rank 0 {checksums[0]}; ranks must leave out the same units"
-            )

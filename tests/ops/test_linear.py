@@ -141,6 +141,31 @@ def run_row(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     return row_sliced_linear(x, weight, index, unit=2)
 
 
+def test_under_autocast_they_compute_as_linear_does() -> None:
+    column, row = leaf(12, 4, dtype=torch.float32), leaf(4, 12, dtype=torch.float32)
+    x, bias = leaf(2, 3, 4, dtype=torch.float32), leaf(12, dtype=torch.float32)
+    index = torch.arange(6)  # all of them: the numbers must be the dense ones, bit for bit
+
+    def dense() -> Tensor:
+        hidden = torch.nn.functional.linear(x, column, bias)
+        return torch.nn.functional.linear(hidden, row)
+
+    def sliced() -> Tensor:
+        hidden = column_sliced_linear(x, column, index, bias=bias, unit=2)
+        return row_sliced_linear(hidden, row, index, unit=2)
+
+    leaves = [x, column, bias, row]
+    results = []
+    for run in (dense, sliced):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = run()
+        assert output.dtype == torch.bfloat16
+        results.append([output, *gradients(output, leaves, torch.ones_like(output))])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+
+
 SLICED = [(run_column, (3, 12), (16, 12)), (run_row, (3, 4), (12, 8))]
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
+from megatron_sat.communication import check_equal_subsets
 from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.site import Site
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training.loop import Trainer, check_equal_subsets
+from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
 # Rate 0.5 up to step 3, 0.25 in step 4, then dense; two micro-batches a step on each of two ranks.
