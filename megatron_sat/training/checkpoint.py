@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,8 @@ class Progress:
     """Steps without an update."""
     first_validation_losses: Mapping[str, float] = field(default_factory=dict)
     """Of each validation set: its first loss that was finite."""
+    recent_losses: Sequence[float] = ()
+    """What the next losses are compared with, where spikes are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
