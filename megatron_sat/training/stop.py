@@ -143,9 +143,9 @@ class Stopping:
         if self._signals is not None:
             self._signals.training = True
 
-    def begin(self) -> None:
-        """Ask all ranks. Collective."""
-        value = torch.tensor([self._wish()], dtype=torch.int64)
+    def begin(self, *, limits: bool = True) -> None:
+        """Ask all ranks; without `limits` only about signals. Collective."""
+        value = torch.tensor([self._wish(limits)], dtype=torch.int64)
         work = None
         if dist.get_world_size() > 1:
             work = dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
@@ -162,19 +162,25 @@ class Stopping:
             return f"{signal.Signals(number).name} (rank {rank})"
         if number == 1:
             return f"--exit-duration-in-mins {self._minutes:g}"
-        if self._interval is not None and iteration % self._interval == 0:
+        if self._interval is not None and iteration > 0 and iteration % self._interval == 0:
             return f"--exit-interval {self._interval}"
         return None
 
     def ask(self, iteration: int) -> str | None:
-        """`begin` and `answer` at once. Collective."""
-        self.begin()
+        """`begin` and `answer` at once. Collective.
+
+        Before the first step, at iteration 0, only signals stop a run: one whose time is over while
+        it is built would start for ever and do nothing.
+        """
+        self.begin(limits=iteration > 0)
         return self.answer(iteration)
 
-    def _wish(self) -> int:
+    def _wish(self, limits: bool) -> int:
         """The signal's number and this rank, 1 for the time that is over, 0 for none."""
         rank = dist.get_rank()
         if self._signals is not None and self._signals.received is not None:
             return self._signals.received * _RANKS + rank
-        over = self._minutes is not None and self._clock() - self._started >= self._minutes * 60
-        return _RANKS if over and rank == 0 else 0
+        if not limits or self._minutes is None or rank != 0:
+            return 0
+        over = self._clock() - self._started >= self._minutes * 60
+        return _RANKS if over else 0

@@ -114,9 +114,9 @@ class Watchdog:
         if self._stall == 0:
             return self
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._since = self._clock.now()
         if self._world_size > 1:
             self._store = self._open_store()
-        self._since = self._clock.now()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
