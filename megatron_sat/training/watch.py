@@ -7,7 +7,7 @@ makes its own gradients so (`loss_denominator`). What was not finite where is lo
 
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +71,21 @@ class NonFiniteGradients:
         """Look at the gradients of this rank as they are now, unless that was done in this step."""
         if self._found is not None:
             return
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        self._found = [
-            names.get(id(parameter), "?")
+        wrong = {
+            id(parameter)
             for parameter, gradient in self._gradients()
             if not bool(gradient.isfinite().all())
-        ]
+        }
+        self._found = [name for name, p in self._model.named_parameters() if id(p) in wrong]
 
     def take(self) -> list[str]:
-        """Names of this rank's part, and forget them."""
+        """Names in this rank's part, and forget them."""
         found, self._found = self._found or [], None
         return found
+
+    def in_order(self, names: Collection[str]) -> list[str]:
+        """As in the model, from its first layer on."""
+        return [name for name, _ in self._model.named_parameters() if name in names]
 
     def _gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
         optimizer = self._optimizer
@@ -121,7 +125,7 @@ class SkippedSteps:
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, (finite, self._gradients.take()))
         ranks = [rank for rank, (fine, _) in enumerate(reports) if not fine]
-        names = sorted({name for _, found in reports for name in found}, key=_natural)
+        names = self._gradients.in_order({name for _, found in reports for name in found})
         message = (
             f"iteration {iteration} skipped ({self.in_a_row} in a row), not finite: "
             + (f"the loss of {_ranks(ranks)}" if ranks else "no loss")
@@ -149,10 +153,10 @@ def check_finite_parameters(
     dist.all_gather_object(reports, names)
     wrong = {rank: found for rank, found in enumerate(reports) if found}
     if wrong:
-        every = sorted({name for found in wrong.values() for name in found}, key=_natural)
+        every = {name for found in wrong.values() for name in found}
         raise WrongNumbers(
             f"iteration {iteration} is not saved: parameters that are not finite on "
-            f"{_ranks(list(wrong))}: {_some(every)}",
+            f"{_ranks(list(wrong))}: {_some([n for n, _ in model.named_parameters() if n in every])}",
             last_saved=last_saved,
         )
 
@@ -207,10 +211,6 @@ def mean_loss(sums: Sequence[Tensor], counts: Sequence[Tensor]) -> float:
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1])
-
-
-def _natural(name: str) -> list[Any]:
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in name.split(".")]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -92,6 +92,7 @@ class Watchdog:
         self._store: Any = None
         self._clock = _RunningTime()
         self._may_leave = True
+        self._ending = False
 
     @property
     def limit(self) -> float:
@@ -113,7 +114,8 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._stall == 0:
             return self
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        if dist.is_initialized():
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._since = self._clock.now()
         if self._world_size > 1:
             self._store = self._open_store()
@@ -195,8 +197,8 @@ class Watchdog:
             silences = [now - last for _, last in heard]
             if (verdict := self._judge(beats, silences)) is not None:
                 self._store.set(_VERDICT, json.dumps(asdict(verdict)))
-                self._stop.wait(_linger(self._interval))  # the store ends with this process
-                self._end(verdict)
+                # The store ends with this process: later.
+                self._end(verdict, after=_linger(self._interval))
 
     def _follow(self) -> None:
         """Other ranks: hear from rank 0, or notice that nothing is heard. A thread of its own does
@@ -290,11 +292,13 @@ class Watchdog:
                 print(why, file=file, flush=True)
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
-    def _end(self, verdict: "_Verdict") -> None:
+    def _end(self, verdict: "_Verdict", *, after: float = 0.0) -> None:
         if self._stop.is_set():
             return
+        self._ending = True
         if verdict.stacks:
             self._dump(verdict.text)
+        time.sleep(after)
         report_error(verdict.text, by_all=verdict.by_all)
         os._exit(ExitCode.LOST_RANK)
 
@@ -303,12 +307,13 @@ class Watchdog:
     def _say_why(self, error: BaseException) -> None:
         """Before this rank ends by itself: tell the others, or hear who it was."""
         if _is_lost_connection(error):
-            print(
-                f"rank {self._rank}: a connection broke ({str(error).splitlines()[0]}); waiting "
-                "to hear which rank is lost",
-                file=sys.stderr,
-                flush=True,
-            )
+            if not self._ending:
+                print(
+                    f"rank {self._rank}: a connection broke ({str(error).splitlines()[0]}); "
+                    "waiting to hear which rank is lost",
+                    file=sys.stderr,
+                    flush=True,
+                )
             with self._lock:
                 self._beat.broken = True
             # The thread ends this process with the answer, unless there is none.

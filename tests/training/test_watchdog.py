@@ -94,8 +94,8 @@ def test_a_rank_that_hangs_is_named_and_stacks_are_dumped(tmp_path, tiny_data):
             stacks = (tmp_path / f"stacks-rank{rank}.txt").read_text()
             for text in (stacks, processes.output(rank)):
                 assert "in train_step" in text and "Thread 0x" in text
-        assert "in hang" in (tmp_path / "stacks-rank1.txt").read_text()
-        assert "in hang" not in (tmp_path / "stacks-rank0.txt").read_text()
+        assert "in hang\n" in (tmp_path / "stacks-rank1.txt").read_text()
+        assert "in hang\n" not in (tmp_path / "stacks-rank0.txt").read_text()
 
 
 def fail_on_rank_1(*argv: str) -> int:
