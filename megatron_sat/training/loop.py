@@ -241,7 +241,9 @@ class Trainer:
         )
         self.finish_saving()
         if (folder := snapshot_folder(self.config, self.iteration)) is not None:
-            write_spike(folder, record, losses=self._spikes.losses, lr=self.learning_rate.lr)
+            write_spike(
+                folder, record, losses=list(self._spikes.losses)[:-1], lr=self.learning_rate.lr
+            )
             self._write_checkpoint(folder)
             message += f"; snapshot in {folder}"
         if self.config.watch.rollback_on_spike:
@@ -250,6 +252,7 @@ class Trainer:
             if back is None:
                 message += "; there is no checkpoint of these ranks to go back to"
             else:
+                self._spikes.forget_last()
                 message += f"; going on with the parameters of iteration {back}"
         self.sinks.log_spike(record)
         self.display.message(message)

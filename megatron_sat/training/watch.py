@@ -154,9 +154,10 @@ def check_finite_parameters(
     wrong = {rank: found for rank, found in enumerate(reports) if found}
     if wrong:
         every = {name for found in wrong.values() for name in found}
+        ordered = [name for name, _ in model.named_parameters() if name in every]
         raise WrongNumbers(
             f"iteration {iteration} is not saved: parameters that are not finite on "
-            f"{_ranks(list(wrong))}: {_some([n for n, _ in model.named_parameters() if n in every])}",
+            f"{_ranks(list(wrong))}: {_some(ordered)}",
             last_saved=last_saved,
         )
 
@@ -181,8 +182,9 @@ class Spike:
 class SpikeDetector:
     """Compares the loss of each step with the `WINDOW` steps before it.
 
-    A spike is a loss above median + `threshold` x deviation, see `Spike`. It does not enter the
-    window, nor does the loss of a skipped step; the first 16 losses are not judged.
+    A spike is a loss above median + `threshold` x deviation, see `Spike`, that follows one which is
+    not: a loss that stays high is one spike. The first 16 losses are not judged, and those of
+    skipped steps not given here. Nothing but `losses` decides, so that a resumed run sees the same.
     """
 
     def __init__(self, threshold: float, *, losses: Iterable[float] = ()) -> None:
@@ -196,11 +198,14 @@ class SpikeDetector:
             median = statistics.median(self.losses)
             spread = statistics.median(abs(other - median) for other in self.losses)
             deviation = max(_NORMAL * spread, _LEAST_DEVIATION * median)
-            if loss > median + self._threshold * deviation:
+            if loss > median + self._threshold * deviation >= self.losses[-1]:
                 spike = Spike(loss=loss, median=median, deviation=deviation)
-        if spike is None:
-            self.losses.append(loss)
+        self.losses.append(loss)
         return spike
+
+    def forget_last(self) -> None:
+        """What led to the last loss is undone."""
+        self.losses.pop()
 
 
 def mean_loss(sums: Sequence[Tensor], counts: Sequence[Tensor]) -> float:
