@@ -53,7 +53,7 @@ class Progress:
     """Steps without an update."""
     first_validation_losses: Mapping[str, float] = field(default_factory=dict)
     """Of each validation set: its first loss that was finite."""
-    recent_losses: Sequence[float] = ()
+    recent_losses: Sequence[float] = field(default_factory=list)
     """What the next losses are compared with, where spikes are looked for."""
 
 

@@ -410,7 +410,7 @@ class Trainer:
             consumed_tokens=self._meter.tokens,
             skipped_steps=self._meter.skipped_steps,
             first_validation_losses=self._first_validation_losses,
-            recent_losses=() if self._spikes is None else tuple(self._spikes.losses),
+            recent_losses=[] if self._spikes is None else list(self._spikes.losses),
         )
 
     def _train_batches(self) -> Iterator[Batch]:
