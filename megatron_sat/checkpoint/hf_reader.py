@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,41 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the values of a safetensors tensor lie in its file, and the file's name of their
+    type."""
+
+    offset: int
+    type: str
+
+
+class Buffer:
+    """Memory to read into again and again; new memory costs several times the reading itself."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """Its first `size` bytes, uint8; what lay there is lost."""
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size]
 
 
 class HFReader:
     """The tensors of a folder: `model.safetensors`, or several such files and their index, else
     `pytorch_model.bin` in the same way.
 
-    `shapes` maps names to shapes. What is read is mapped from the file and not kept: memory that a
-    result uses is the operating system's file cache until the caller copies it, and is let go with
-    the result.
+    `shapes` maps names to shapes. Nothing that was read is kept.
 
     Raises:
         ValueError: a file is missing or damaged; it names the file, and the tensor if there is
@@ -31,6 +59,7 @@ class HFReader:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._paths: dict[str, Path] = {}
+        self._places: dict[str, _Place] = {}
         self._bin: tuple[Path, dict[str, Tensor]] | None = None
         expected = self._indexed()
         for path, names in expected.items():
@@ -41,21 +70,56 @@ class HFReader:
         return self._paths[name]
 
     def read(
-        self, name: str, *, rows: tuple[int, int], columns: tuple[int, int] | None = None
+        self,
+        name: str,
+        *,
+        rows: tuple[int, int],
+        columns: tuple[int, int] | None = None,
+        buffer: "Buffer | None" = None,
     ) -> Tensor:
         """Rows `[start, stop)` of a tensor and, of a matrix, columns: on the CPU, in the file's
-        type. ValueError, naming file and tensor, for a value that is not a finite number."""
-        part = (slice(*rows),) if columns is None else (slice(*rows), slice(*columns))
+        type.
+
+        With a `buffer`, the result lies there until its next use. ValueError, naming file and
+        tensor, for a value that is not a finite number, and for integers and other types that a
+        model is not trained in.
+        """
         path = self._paths[name]
         if path.suffix == ".safetensors":
-            # Opened anew for each part: the file's pages leave this process with the result.
-            with _open(path) as file:
-                tensor: Tensor = file.get_slice(name)[part]
+            tensor = self._read_rows(name, rows, buffer)
         else:
-            tensor = self._load_bin(path)[name][part]
+            tensor = self._load_bin(path)[name][slice(*rows)]
+        if columns is not None:
+            tensor = tensor[:, slice(*columns)]
         # The extremes are NaN if any value is; nothing is faster.
         if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
             raise ValueError(f"{path}: tensor {name} has values that are not finite numbers")
+        return tensor
+
+    def _read_rows(self, name: str, rows: tuple[int, int], buffer: "Buffer | None") -> Tensor:
+        """Whole rows, in one piece of the file: mapped, they would come in the system's small
+        read-ahead, at a fraction of the disk's speed."""
+        path, place, shape = self._paths[name], self._places[name], self.shapes[name]
+        if place.type not in _DTYPES:
+            raise ValueError(
+                f"{path}: tensor {name} has type {place.type}; weights are read from "
+                f"{', '.join(_DTYPES)}"
+            )
+        dtype = _DTYPES[place.type]
+        row_bytes = dtype.itemsize * torch.Size(shape[1:]).numel()
+        size = (rows[1] - rows[0]) * row_bytes
+        memory = (buffer or Buffer()).take(size)
+        tensor = memory.view(dtype).view(rows[1] - rows[0], *shape[1:])
+        target = memory.numpy().data
+        with open(path, "rb", buffering=0) as file:
+            file.seek(place.offset + rows[0] * row_bytes)
+            while target and (count := file.readinto(target)):
+                target = target[count:]
+        if target:
+            raise ValueError(
+                f"{path} is damaged or cut short (tensor {name} ends behind its "
+                f"{os.path.getsize(path)} bytes)"
+            )
         return tensor
 
     def _indexed(self) -> dict[Path, set[str] | None]:
@@ -89,9 +153,11 @@ class HFReader:
             raise ValueError(f"{path} is missing; it holds tensor {some} and others")
         if path.suffix == ".safetensors":
             with _open(path) as file:
-                found = {
-                    name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())
-                }
+                parts = {name: file.get_slice(name) for name in list(file.keys())}
+                found = {name: tuple(part.get_shape()) for name, part in parts.items()}
+                types = {name: part.get_dtype() for name, part in parts.items()}
+            offsets = _offsets(path)
+            self._places |= {name: _Place(offsets[name], types[name]) for name in found}
         else:
             found = {name: tuple(value.shape) for name, value in self._load_bin(path).items()}
         missing = sorted((expected or set()) - set(found))
@@ -105,6 +171,19 @@ class HFReader:
             self._bin = None  # one file at a time
             self._bin = (path, _read_bin(path))
         return self._bin[1]
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where in the file each tensor begins. The safetensors library, which has checked the header,
+    does not tell: 8 bytes with its length, then JSON, then the values."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 @contextlib.contextmanager
