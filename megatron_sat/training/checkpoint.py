@@ -5,7 +5,7 @@ there; ``run_state.json`` holds progress, configuration, learning-rate schedule 
 ``sat_rankings.safetensors`` the rankings of a static selection, ``random_rank_<R>.safetensors`` the
 random states. It is written under another name and renamed when every rank has finished; only then
 does ``<save>/latest`` name it. So ``latest`` always names a complete checkpoint. A copy of it
-may be damaged all the same: ``run_state.json`` knows the size of every other file.
+may be damaged all the same: ``manifest.json`` knows size and digest of every other file.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from megatron_sat.config import SATConfig
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
+from megatron_sat.training.manifest import verify, write_manifest
 from megatron_sat.training.random_state import load_random_state, save_random_state
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ RUN_STATE = "run_state.json"
 RANKINGS = "sat_rankings.safetensors"
 UNFINISHED = "unfinished-"
 """Before the name of a checkpoint that is being written."""
-_FORMAT = 1
+_FORMAT = 2
 _REPLACED = "replaced-"
 
 
@@ -96,7 +97,6 @@ def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpo
             config=TrainingConfig.from_dict(run_state["config"]),
             run_state=run_state,
         )
-        sizes = dict(run_state["files"])
     except OSError as error:
         raise ValueError(
             f"--load {load}: {folder.name} is not a checkpoint of this trainer, {path} cannot be "
@@ -104,15 +104,9 @@ def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpo
         ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--load {load}: {path} is damaged: {error}") from error
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"--load {load}: the checkpoint is incomplete, {file} does not exist")
-        if file.stat().st_size != size:
-            raise ValueError(
-                f"--load {load}: {file} is damaged, it has {file.stat().st_size} bytes and had "
-                f"{size} when it was saved"
-            )
+    damaged = verify(folder, digests=False)
+    if damaged:
+        raise ValueError(f"--load {load}: the checkpoint is damaged: {folder / str(damaged[0])}")
     return stored
 
 
@@ -201,9 +195,9 @@ def save_checkpoint(
                 "scheduler": dict(scheduler_state),
                 "data": dict(data),
                 "sat": sat_state,
-                "files": _sizes(unfinished),
             }
             (unfinished / RUN_STATE).write_text(json.dumps(run_state, indent=2) + "\n")
+            write_manifest(unfinished)
             _publish(unfinished, folder)
     return folder
 
@@ -232,11 +226,6 @@ def _recorded_failures(engine: Any) -> Iterator[list[Exception]]:
         yield failures
     finally:
         engine.checkpoint_engine = writer
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
