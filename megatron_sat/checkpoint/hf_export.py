@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -109,9 +110,11 @@ class HFWriter:
             raise ValueError(f"parameter {name} has values that are not finite; nothing is written")
         self._pending[name] = tensor.to(self._dtype)
         if list(self._pending) == self._shards[self._written]:
-            save_file(
-                self._pending, self._folder / self._file(self._written), metadata={"format": "pt"}
-            )
+            path = self._folder / self._file(self._written)
+            try:
+                save_file(self._pending, path, metadata={"format": "pt"})
+            except SafetensorError as error:  # its only reason here is the disk
+                raise OSError(f"{path} cannot be written ({error})") from error
             self._pending = {}
             self._written += 1
 

@@ -196,6 +196,14 @@ class CheckpointConfig:
     """Folder of a checkpoint to go on from."""
     save_interval: int | None = None
     """Iterations between checkpoints; None saves at the end only."""
+    async_save: bool = False
+    """Train on while files are written, from a copy in host memory."""
+    keep_last: int | None = None
+    """How many of the newest checkpoints stay; None keeps all."""
+    keep_every: int | None = None
+    """Checkpoints of iterations that are multiples of it stay too."""
+    max_save_failures: int = 3
+    """Saves in a row that fail before the run stops."""
     ckpt_step: int | None = None
     """Iteration of the checkpoint to load (default: the latest)."""
     no_load_optim: bool = False

@@ -254,6 +254,30 @@ def _add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
         help="--save directory of a run to go on from (default: a new run)",
     )
     add("--save-interval", type=int, help="iterations between checkpoints (default: the end)")
+    add(
+        "--async-save",
+        action="store_true",
+        help=f"train on while files are written, from a copy in host memory {_OFF}",
+    )
+    add(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="keep the newest N checkpoints (default: all)",
+    )
+    add(
+        "--keep-every",
+        type=int,
+        metavar="K",
+        help="keep those of iterations that K divides too (default: none)",
+    )
+    add(
+        "--max-save-failures",
+        type=int,
+        default=3,
+        metavar="N",
+        help=f"saves in a row that fail before the run stops {_DEFAULT}",
+    )
     add("--ckpt-step", type=int, help="iteration of the checkpoint (default: the latest)")
     add("--finetune", action="store_true", help=f"a new stage: weights alone, iteration 0 {_OFF}")
     add("--no-load-optim", action="store_true", help=f"leave the optimizer's state behind {_OFF}")

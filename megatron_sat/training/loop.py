@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megatron_sat.communication import check_equal_subsets
 from megatron_sat.flops import ModelShape, training_flops
 from megatron_sat.state import SATState
 from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
-from megatron_sat.training.checkpoint import Progress, save_checkpoint
+from megatron_sat.training.checkpoint import Progress
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Datasets
 from megatron_sat.training.display import Display
@@ -24,6 +25,7 @@ from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.meter import IntervalMeter
 from megatron_sat.training.metrics import EvalRecord, MetricsSinks, TrainRecord
+from megatron_sat.training.saving import CheckpointSaver
 
 
 class Trainer:
@@ -45,6 +47,7 @@ class Trainer:
         padded_vocab_size: int,
         sinks: MetricsSinks,
         display: Display,
+        last_saved: Path | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -72,20 +75,34 @@ class Trainer:
             tokens=progress.consumed_tokens,
             skipped_steps=progress.skipped_steps,
         )
+        self._saver = CheckpointSaver(engine, config, say=display.message, last_saved=last_saved)
+
+    @property
+    def last_saved(self) -> Path | None:
+        """The last complete checkpoint of this run, or the one that it went on from."""
+        return self._saver.last_saved
 
     def train(self) -> None:
-        """Run all steps that are left, evaluating, logging and saving on the way."""
+        """Run all steps that are left, evaluating, logging and saving on the way.
+
+        RunEnded, on all ranks, where saving fails too often.
+        """
+        with self._saver:
+            self._train()
+
+    def _train(self) -> None:
         config = self.config
         if self.iteration == 0:
             self.evaluate()
         if self.iteration >= config.train_iters and config.checkpoint.save_hf is not None:
-            self._save_hf()  # of a run that was complete without it
+            self._save_hf(last=True)  # of a run that was complete without it
         self.engine.train()
         batches = self._train_batches()
         self._meter.start()
         while self.iteration < config.train_iters:
             self.train_step(batches)
             self.display.step(self.iteration)
+            self._saver.poll()
             is_last = self.iteration == config.train_iters
             interval = config.checkpoint.save_interval
             saves = is_last or (interval is not None and self.iteration % interval == 0)
@@ -97,7 +114,7 @@ class Trainer:
                     self.evaluate()
             if saves:
                 with self._meter.paused():
-                    self.save()
+                    self.save(last=is_last)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over all its micro-batches."""
@@ -112,6 +129,8 @@ class Trainer:
             engine.backward(loss_sum / count.clamp(min=1.0))
             if engine.is_gradient_accumulation_boundary() and self._checks_gradients:
                 self._gradient_norm = gradient_norm(engine.module)
+            if engine.is_gradient_accumulation_boundary():
+                self._saver.before_update()
             engine.step()
         if self._checks_gradients:
             skipped = not self._gradients_are_finite()
@@ -209,38 +228,46 @@ class Trainer:
         loss_sum, count = total.tolist()
         return loss_sum / count if count else math.nan
 
-    def save(self) -> None:
-        """Write a checkpoint and a Hugging Face folder, where there is a place for them.
-        Collective."""
-        if self.config.checkpoint.save is not None:
-            self._save_checkpoint()
-        if self.config.checkpoint.save_hf is not None:
-            self._save_hf()
+    def save(self, *, last: bool = False) -> None:
+        """Save a checkpoint and a Hugging Face folder, where there is a place for them. Collective.
 
-    def _save_checkpoint(self) -> None:
-        folder = save_checkpoint(
-            self.engine,
-            config=self.config,
-            progress=self.progress,
-            state=self.state,
-            scheduler_state=self.learning_rate.state_dict(),
-            padded_vocab_size=self.padded_vocab_size,
-            data=self.datasets.described,
-        )
-        self.display.message(f" saved {folder}")
-
-    def _save_hf(self) -> None:
-        every_save = self.config.checkpoint.save_hf_every_save
-        if not every_save and self.iteration < self.config.train_iters:
-            return
-        with ranks_agree("planning the Hugging Face folder"):
-            plan = plan_export(
-                self.config,
-                padded_vocab=self.padded_vocab_size,
-                iteration=self.iteration if every_save else None,
+        With ``--async-save`` the checkpoint's files are still being written when this returns,
+        unless it is the ``last`` save of the run. RunEnded, on all ranks, where saving has failed
+        once too often; at all, with ``last``.
+        """
+        checkpoint = self.config.checkpoint
+        if checkpoint.save is not None:
+            self._saver.start(
+                progress=self.progress,
+                state=self.state,
+                scheduler_state=self.learning_rate.state_dict(),
+                padded_vocab_size=self.padded_vocab_size,
+                data=self.datasets.described,
             )
-        export(self.engine, plan)
-        self.display.message(f" saved {plan.target}")
+            if last or not checkpoint.async_save:
+                self.finish_saving(last=last)
+        complete = self.iteration >= self.config.train_iters
+        if checkpoint.save_hf is not None and (complete or checkpoint.save_hf_every_save):
+            self._save_hf(last=last)
+
+    def finish_saving(self, *, last: bool = False) -> None:
+        """Wait for a checkpoint that is still being written. Collective.
+
+        RunEnded as :meth:`save`; ``last``: no other save follows.
+        """
+        self._saver.finish(last=last)
+
+    def _save_hf(self, *, last: bool) -> None:
+        every_save = self.config.checkpoint.save_hf_every_save
+        with self._saver.counted("Hugging Face folder", last=last):
+            with ranks_agree("planning the Hugging Face folder"):
+                plan = plan_export(
+                    self.config,
+                    padded_vocab=self.padded_vocab_size,
+                    iteration=self.iteration if every_save else None,
+                )
+            export(self.engine, plan)
+            self.display.message(f" saved {plan.target}")
 
     @property
     def progress(self) -> Progress:

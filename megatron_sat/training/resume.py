@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sat.training.checkpoint import (
+    DELETED,
     LATEST,
     RUN_STATE,
     UNFINISHED,
@@ -28,8 +29,8 @@ def check_save_folder(config: TrainingConfig) -> None:
         return
     folder = Path(save)
     found = [path.parent.name for path in folder.glob(f"*/{RUN_STATE}")]
-    # A job killed while it saved leaves one that nothing can load.
-    complete = [name for name in found if not name.startswith(UNFINISHED)]
+    # A job killed while it saved, or removed a checkpoint, leaves one that nothing can load.
+    complete = [name for name in found if not name.startswith((UNFINISHED, DELETED))]
     if complete or (folder / LATEST).exists():
         advice = f"give --load {save} to go on with it, or another folder"
         if config.finetune:

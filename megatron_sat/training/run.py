@@ -186,6 +186,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
                 padded_vocab_size=padded_vocab,
                 sinks=sinks,
                 display=display,
+                last_saved=stored.folder if stored is not None and resuming else None,
             )
             trainer.train()
         finally:

@@ -333,11 +333,21 @@ def _check_data(config: TrainingConfig) -> None:
 def _check_checkpoint(config: TrainingConfig) -> None:
     checkpoint = config.checkpoint
     _at_least("--save-interval", checkpoint.save_interval, 1)
+    _at_least("--keep-last", checkpoint.keep_last, 1)
+    _at_least("--keep-every", checkpoint.keep_every, 1)
+    _at_least("--max-save-failures", checkpoint.max_save_failures, 1)
     _at_least("--ckpt-step", checkpoint.ckpt_step, 0)
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        raise ValueError("--save-interval needs --save, the directory for checkpoints")
-    if checkpoint.save_hf_every_save and not checkpoint.save:
-        raise ValueError("--save-hf-every-save needs --save, the directory for checkpoints")
+    for flag, needs_save in (
+        ("--save-interval", checkpoint.save_interval is not None),
+        ("--async-save", checkpoint.async_save),
+        ("--keep-last", checkpoint.keep_last is not None),
+        ("--keep-every", checkpoint.keep_every is not None),
+        ("--save-hf-every-save", checkpoint.save_hf_every_save),
+    ):
+        if needs_save and checkpoint.save is None:
+            raise ValueError(f"{flag} needs --save, the directory for checkpoints")
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        raise ValueError("--keep-every needs --keep-last; without it all checkpoints are kept")
     for flag, needs_save_hf in (
         ("--save-hf-every-save", checkpoint.save_hf_every_save),
         ("--save-hf-dtype", checkpoint.save_hf_dtype is not None),
