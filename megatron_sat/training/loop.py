@@ -102,7 +102,7 @@ class Trainer:
         while self.iteration < config.train_iters:
             self.train_step(batches)
             self.display.step(self.iteration)
-            self._saver.poll()
+            self.poll_saving()
             is_last = self.iteration == config.train_iters
             interval = config.checkpoint.save_interval
             saves = is_last or (interval is not None and self.iteration % interval == 0)
@@ -249,6 +249,11 @@ class Trainer:
         complete = self.iteration >= self.config.train_iters
         if checkpoint.save_hf is not None and (complete or checkpoint.save_hf_every_save):
             self._save_hf(last=last)
+
+    def poll_saving(self) -> None:
+        """Go on with a checkpoint that is being written, without waiting for it. Collective, after
+        every step. RunEnded as :meth:`save`."""
+        self._saver.poll()
 
     def finish_saving(self, *, last: bool = False) -> None:
         """Wait for a checkpoint that is still being written. Collective.
