@@ -25,7 +25,7 @@ from megatron_sat.config import SATConfig
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
-from megatron_sat.training.manifest import verify, write_manifest
+from megatron_sat.training.manifest import write_manifest
 from megatron_sat.training.random_state import load_random_state, save_random_state
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ RUN_STATE = "run_state.json"
 RANKINGS = "sat_rankings.safetensors"
 UNFINISHED = "unfinished-"
 """Before the name of a checkpoint that is being written."""
-_FORMAT = 2
-_REPLACED = "replaced-"
+REPLACED = "replaced-"
+"""Before the name of one that its successor of the same iteration is about to take."""
+FORMAT = 2
+"""Of run_state.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,50 +66,6 @@ class StoredCheckpoint:
     progress: Progress
     config: TrainingConfig
     run_state: Mapping[str, Any]
-
-
-def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpoint:
-    """The checkpoint of ``load`` that ``latest`` names, or that of ``iteration``.
-
-    Reads its description only. ValueError, naming the folder, if there is none, or the file that is
-    missing or has not the size with which it was written.
-    """
-    if iteration is not None:
-        folder = Path(load) / _tag(iteration)
-    else:
-        latest = Path(load) / LATEST
-        try:
-            folder = Path(load) / latest.read_text().strip()
-        except OSError as error:
-            raise ValueError(
-                f"--load {load}: there is no checkpoint, the file {latest} cannot be read "
-                f"({error.strerror}); give the --save folder of an earlier run"
-            ) from error
-    replaced = folder.with_name(_REPLACED + folder.name)
-    if not folder.exists() and replaced.exists():  # killed while its successor took its name
-        folder = replaced
-    path = folder / RUN_STATE
-    try:
-        run_state = json.loads(path.read_text())
-        if run_state["format"] != _FORMAT:
-            raise ValueError(f"its format is {run_state['format']}, this version reads {_FORMAT}")
-        stored = StoredCheckpoint(
-            folder=folder,
-            progress=Progress(**run_state["progress"]),
-            config=TrainingConfig.from_dict(run_state["config"]),
-            run_state=run_state,
-        )
-    except OSError as error:
-        raise ValueError(
-            f"--load {load}: {folder.name} is not a checkpoint of this trainer, {path} cannot be "
-            f"read ({error.strerror})"
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--load {load}: {path} is damaged: {error}") from error
-    damaged = verify(folder, digests=False)
-    if damaged:
-        raise ValueError(f"--load {load}: the checkpoint is damaged: {folder / str(damaged[0])}")
-    return stored
 
 
 def check_compatible(stored: StoredCheckpoint, config: TrainingConfig) -> None:
@@ -168,7 +126,7 @@ def save_checkpoint(
     """
     assert config.checkpoint.save is not None
     save = Path(config.checkpoint.save)
-    folder = save / _tag(progress.iteration)
+    folder = save / folder_name(progress.iteration)
     unfinished = save / f"{UNFINISHED}{folder.name}"
     on_first_rank = dist.get_rank() == 0
     with ranks_agree(f"making room for {folder}"):
@@ -187,7 +145,7 @@ def save_checkpoint(
             if rankings:
                 save_file(rankings, unfinished / RANKINGS)
             run_state = {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "progress": asdict(progress),
                 "config": config.to_dict(),
                 "world_size": dist.get_world_size(),
@@ -230,18 +188,23 @@ def _recorded_failures(engine: Any) -> Iterator[list[Exception]]:
 
 def _publish(unfinished: Path, folder: Path) -> None:
     """Give a complete checkpoint its name, and let ``latest`` say it."""
-    replaced = folder.with_name(_REPLACED + folder.name)
+    replaced = folder.with_name(REPLACED + folder.name)
     if folder.exists():  # the same iteration again, after a resume from an earlier one
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     unfinished.rename(folder)
+    write_latest(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_latest(folder: Path) -> None:
+    """Let ``latest`` name a checkpoint, in one step."""
     pointer = folder.with_name(f"{LATEST}.tmp")
     with open(pointer, "w") as file:
         file.write(folder.name)
         file.flush()
         os.fsync(file.fileno())
     os.replace(pointer, folder.with_name(LATEST))
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -309,7 +272,8 @@ def _reset_optimizer(engine: Any) -> None:
                 values[name] = 0
 
 
-def _tag(iteration: int) -> str:
+def folder_name(iteration: int | str) -> str:
+    """Of a checkpoint, within the ``--save`` folder."""
     return f"global_step{iteration}"
 
 

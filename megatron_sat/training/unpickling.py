@@ -1,7 +1,7 @@
 """Whether a file of DeepSpeed's may be unpickled.
 
-DeepSpeed opens its ``.pt`` files with Python's full unpickling, which calls whatever function a file
-names. A manifest does not help: who can write such a file can write its manifest. So before
+DeepSpeed opens its ``.pt`` files with Python's full unpickling, which calls whatever function a
+file names. A manifest does not help: who can write such a file can write its manifest. So before
 DeepSpeed sees a file, it must be what `torch.save` makes of a training state and nothing besides,
 name no function or class but torch's own for tensors and those of `KNOWN_GLOBALS`, and open under
 torch's restricted unpickler, which goes through the same instructions without being able to call

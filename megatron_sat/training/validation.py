@@ -336,6 +336,13 @@ def _check_checkpoint(config: TrainingConfig) -> None:
     _at_least("--ckpt-step", checkpoint.ckpt_step, 0)
     if checkpoint.save_interval is not None and checkpoint.save is None:
         raise ValueError("--save-interval needs --save, the directory for checkpoints")
+    if checkpoint.auto_resume and checkpoint.save is None:
+        raise ValueError("--auto-resume needs --save, the directory that it goes on from")
+    if checkpoint.auto_resume and same_folder(checkpoint.load, checkpoint.save):
+        raise ValueError(
+            f"--auto-resume goes on from --save {checkpoint.save} by itself; leave --load "
+            f"{checkpoint.load} out, or give the folder that the run begins with"
+        )
     if checkpoint.save_hf_every_save and not checkpoint.save:
         raise ValueError("--save-hf-every-save needs --save, the directory for checkpoints")
     for flag, needs_save_hf in (
@@ -356,6 +363,13 @@ def _check_checkpoint(config: TrainingConfig) -> None:
     for flag, given in needs_load.items():
         if given:
             raise ValueError(f"{flag} needs --load, the directory of a checkpoint")
+
+
+def same_folder(load: str | None, save: str | None) -> bool:
+    """Whether both are given and lead to one folder."""
+    if load is None or save is None:
+        return False
+    return os.path.realpath(load) == os.path.realpath(save)
 
 
 def _check_autotune(config: TrainingConfig) -> None:

@@ -18,9 +18,10 @@ from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training import checkpoint
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.checkpoint import check_compatible, find_checkpoint
+from megatron_sat.training.checkpoint import check_compatible
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
+from megatron_sat.training.search import find_checkpoint
 
 RUN = (
     "--train-iters 4 --lr-decay-iters 4 --lr-decay-style constant --lr-warmup-iters 0 "
