@@ -273,8 +273,8 @@ def _add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
         "--verify-checkpoint",
         action=_VerifyCheckpoint,
         metavar="DIR",
-        help="compare the checkpoints of a --save directory with their manifests, and end: code 1 "
-        "if one is damaged",
+        help="compare the checkpoints of a --save directory with their manifests, and end, with "
+        "code 1 if one is damaged (default: off)",
     )
     add("--save-interval", type=int, help="iterations between checkpoints (default: the end)")
     add("--ckpt-step", type=int, help="iteration of the checkpoint (default: the latest)")

@@ -81,7 +81,10 @@ def find_checkpoint(
         ValueError: there is none, with what is wrong with each; or one that is as it was written
             cannot be used by this version. RanksStopped on all ranks if ``together``.
     """
-    folders = _of_first_rank(lambda: _candidates(load, iteration), together)
+    folders = _of_first_rank(lambda: _candidates(load), together)
+    if iteration is not None:
+        with _agree(f"looking for a checkpoint of {iteration}", together):
+            folders = [_of_iteration(load, folders, iteration)]
     passed_over = []
     for folder in folders:
         described = _of_first_rank(functools.partial(_describe, load, folder), together)
@@ -92,11 +95,11 @@ def find_checkpoint(
                     check(stored)
             damage = _verify(folder, described.files, together)
             if not damage:
+                for line in passed_over:
+                    _say(f"warning: --load {load}: passed over: {line}")
                 _compare_latest(load, stored)
                 return stored
         passed_over.append(f"{folder} is damaged: {in_words(damage)}")
-        if iteration is None:
-            _say(f"warning: --load {load}: passed over: {passed_over[-1]}")
     with _agree("looking for a complete checkpoint", together):
         raise ValueError(f"--load {load}: no checkpoint can be loaded: {'; '.join(passed_over)}")
     raise AssertionError
@@ -126,7 +129,7 @@ def _of_first_rank(find: Callable[[], _T], together: bool) -> _T:
     return result
 
 
-def _candidates(load: str, iteration: int | None) -> list[Path]:
+def _candidates(load: str) -> list[Path]:
     try:
         os.listdir(load)
     except OSError as error:
@@ -139,14 +142,16 @@ def _candidates(load: str, iteration: int | None) -> list[Path]:
         raise ValueError(
             f"--load {load}: there is no checkpoint; give the --save folder of an earlier run"
         )
-    if iteration is None:
-        return folders
-    name = folder_name(str(iteration))
-    found = [folder for folder in folders if folder.name in (name, REPLACED + name)]
-    if not found:
-        there = ", ".join(folder.name for folder in folders)
-        raise ValueError(f"--load {load}: there is no checkpoint {name}; there are {there}")
-    return found
+    return folders
+
+
+def _of_iteration(load: str, folders: Sequence[Path], iteration: int) -> Path:
+    name = folder_name(iteration)
+    for folder in folders:
+        if folder.name in (name, REPLACED + name):
+            return folder
+    there = ", ".join(folder.name for folder in folders)
+    raise ValueError(f"--load {load}: there is no checkpoint {name}; there are {there}")
 
 
 @dataclass(frozen=True, kw_only=True)
