@@ -204,7 +204,7 @@ def _hugging_face_folder(model: str, ckpt_step: int | None) -> Iterator[str]:
             if is_run and first:
                 # DeepSpeed and all that: only where it is needed.
                 from megatron_sat.checkpoint.convert import convert
-                from megatron_sat.training.checkpoint import find_checkpoint
+                from megatron_sat.training.search import find_checkpoint
 
                 parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="perplexity-"))
                 stored = find_checkpoint(model, iteration=ckpt_step)

@@ -10,9 +10,10 @@ from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.checkpoint.hf_config import HFConfig, read_hf_config
 from megatron_sat.checkpoint.hf_export import MAX_SHARD_BYTES, HFExport, HFWriter
 from megatron_sat.checkpoint.verify import Verification, verify
-from megatron_sat.training.checkpoint import StoredCheckpoint, find_checkpoint
+from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.config import HFDtype, TrainingConfig
 from megatron_sat.training.hf import default_dtype
+from megatron_sat.training.search import find_checkpoint
 
 _TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3, and so on."
 

@@ -9,7 +9,7 @@ always names a complete checkpoint. A copy of it may be damaged all the same: ``
 knows size and digest of every other file.
 """
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from megatron_sat.config import SATConfig
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
-from megatron_sat.training.manifest import verify
 from megatron_sat.training.random_state import load_random_state
 
 if TYPE_CHECKING:
@@ -35,11 +34,11 @@ RANKINGS = "sat_rankings.safetensors"
 UNFINISHED = "unfinished-"
 """Before the name of a checkpoint that is being written."""
 REPLACED = "replaced-"
-"""Before the name of one whose successor, of the same iteration, is taking the name."""
+"""Before the name of one that its successor of the same iteration is about to take."""
 DELETED = "deleted-"
-"""Before the name of what is being removed."""
+"""Before the name of one that is being removed."""
 FORMAT = 2
-"""Of ``run_state.json``."""
+"""Of run_state.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,50 +65,6 @@ class StoredCheckpoint:
     progress: Progress
     config: TrainingConfig
     run_state: Mapping[str, Any]
-
-
-def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpoint:
-    """The checkpoint of ``load`` that ``latest`` names, or that of ``iteration``.
-
-    Reads its description only. ValueError, naming the folder, if there is none, or the file that is
-    missing or has not the size with which it was written.
-    """
-    if iteration is not None:
-        folder = Path(load) / folder_name(iteration)
-    else:
-        latest = Path(load) / LATEST
-        try:
-            folder = Path(load) / latest.read_text().strip()
-        except OSError as error:
-            raise ValueError(
-                f"--load {load}: there is no checkpoint, the file {latest} cannot be read "
-                f"({error.strerror}); give the --save folder of an earlier run"
-            ) from error
-    replaced = folder.with_name(REPLACED + folder.name)
-    if not folder.exists() and replaced.exists():  # killed while its successor took its name
-        folder = replaced
-    path = folder / RUN_STATE
-    try:
-        run_state = json.loads(path.read_text())
-        if run_state["format"] != FORMAT:
-            raise ValueError(f"its format is {run_state['format']}, this version reads {FORMAT}")
-        stored = StoredCheckpoint(
-            folder=folder,
-            progress=Progress(**run_state["progress"]),
-            config=TrainingConfig.from_dict(run_state["config"]),
-            run_state=run_state,
-        )
-    except OSError as error:
-        raise ValueError(
-            f"--load {load}: {folder.name} is not a checkpoint of this trainer, {path} cannot be "
-            f"read ({error.strerror})"
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--load {load}: {path} is damaged: {error}") from error
-    damaged = verify(folder, digests=False)
-    if damaged:
-        raise ValueError(f"--load {load}: the checkpoint is damaged: {folder / str(damaged[0])}")
-    return stored
 
 
 def check_compatible(stored: StoredCheckpoint, config: TrainingConfig) -> None:
@@ -152,6 +107,16 @@ def compare(where: str, stored: dict[str, Any], wanted: dict[str, Any], advice: 
     ]
     if differences:
         raise ValueError(f"{where}: " + "; ".join(differences) + advice)
+
+
+def write_latest(folder: Path) -> None:
+    """Let ``latest`` name a checkpoint, in one step."""
+    pointer = folder.with_name(f"{LATEST}.tmp")
+    with open(pointer, "w") as file:
+        file.write(folder.name)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(pointer, folder.with_name(LATEST))
 
 
 def load_checkpoint(
@@ -219,8 +184,8 @@ def _reset_optimizer(engine: Any) -> None:
                 values[name] = 0
 
 
-def folder_name(iteration: int) -> str:
-    """The name of the checkpoint of ``iteration``."""
+def folder_name(iteration: int | str) -> str:
+    """Of a checkpoint, within the ``--save`` folder."""
     return f"global_step{iteration}"
 
 

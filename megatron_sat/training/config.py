@@ -194,6 +194,8 @@ class CheckpointConfig:
     """Folder for checkpoints and `metrics.jsonl`."""
     load: str | None = None
     """Folder of a checkpoint to go on from."""
+    auto_resume: bool = False
+    """Go on from `save` where it holds a checkpoint, whatever else says how to start."""
     save_interval: int | None = None
     """Iterations between checkpoints; None saves at the end only."""
     async_save: bool = False

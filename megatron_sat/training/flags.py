@@ -5,7 +5,7 @@ Flags whose default depends on other flags or on the DeepSpeed JSON are absent (
 """
 
 import argparse
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from megatron_sat.config import add_sat_arguments
 from megatron_sat.training.config import (
@@ -27,6 +27,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+class _VerifyCheckpoint(argparse.Action):
+    """Like --help it ends the program, whatever else is given: with the verification's code."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        # It needs what needs this module.
+        from megatron_sat.training.verify_checkpoint import main
+
+        raise SystemExit(main(values))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -252,6 +262,19 @@ def _add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
         "--load",
         metavar="DIR",
         help="--save directory of a run to go on from (default: a new run)",
+    )
+    add(
+        "--auto-resume",
+        action="store_true",
+        help="go on from --save if a checkpoint is there, else start as the other flags say: one "
+        f"command for the first start and every restart {_OFF}",
+    )
+    add(
+        "--verify-checkpoint",
+        action=_VerifyCheckpoint,
+        metavar="DIR",
+        help="compare the checkpoints of a --save directory with their manifests, and end, with "
+        "code 1 if one is damaged (default: off)",
     )
     add("--save-interval", type=int, help="iterations between checkpoints (default: the end)")
     add(

@@ -74,19 +74,22 @@ def plan_export(
 ) -> HFExport:
     """What `--save-hf` writes at `iteration`, or at the end. ValueError if it cannot be done."""
     checkpoint = config.checkpoint
-    assert checkpoint.save_hf is not None
-    target = Path(checkpoint.save_hf)
-    if iteration is not None:
-        target /= f"iter_{iteration:07d}"
     source = None if checkpoint.load_hf is None else read_hf_config(checkpoint.load_hf)
     return HFExport(
-        target=target,
+        target=export_folder(config, iteration),
         model=config.model,
         padded_vocabulary=padded_vocab,
         dtype=checkpoint.save_hf_dtype or default_dtype(config, source),
         data=config.data,
         source=source,
     )
+
+
+def export_folder(config: TrainingConfig, iteration: int | None) -> Path:
+    """Where `--save-hf` writes at `iteration`, or at the end."""
+    assert config.checkpoint.save_hf is not None
+    target = Path(config.checkpoint.save_hf)
+    return target if iteration is None else target / f"iter_{iteration:07d}"
 
 
 def default_dtype(config: TrainingConfig, source: HFConfig | None) -> HFDtype:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -54,14 +54,17 @@ class ManifestError(ValueError):
         self.what = what
 
 
-def hash_file(path: Path) -> Entry:
-    """Size and SHA-256 of a file. OSError if it cannot be read."""
+def hash_file(path: Path, *, on_read: Callable[[int], None] | None = None) -> Entry:
+    """Size and SHA-256 of a file. OSError if it cannot be read. `on_read` is called with the number
+    of bytes of each block."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
         block = memoryview(bytearray(_BLOCK))
         while count := file.readinto(block):
             digest.update(block[:count])  # without Python's lock: threads hash side by side
             size += count
+            if on_read is not None:
+                on_read(count)
     return Entry(size, digest.hexdigest())
 
 
@@ -142,7 +145,11 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
 
 
 def verify(
-    folder: Path, *, digests: bool = True, names: Collection[str] | None = None
+    folder: Path,
+    *,
+    digests: bool = True,
+    names: Collection[str] | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> list[Damage]:
     """What is wrong with the files of ``folder``; empty if nothing is.
 
@@ -153,6 +160,7 @@ def verify(
         digests: compare the digests too, which reads all files; otherwise their sizes alone.
         names: only these files of the manifest, as one of :func:`shares`; default: all, and that
             nothing lies there besides that would be read.
+        on_read: called with numbers of bytes as they are read, by several threads.
     """
     try:
         files = read_manifest(folder)
@@ -161,9 +169,12 @@ def verify(
     found = []
     if names is None:
         found = [Damage(name, "is not in the manifest") for name in _strangers(folder, files)]
-    wanted = [name for name in files if names is None or name in names]
+    only = set(files if names is None else names)
+    wanted = [name for name in files if name in only]
     with ThreadPoolExecutor(_THREADS) as pool:
-        faults = pool.map(lambda name: _fault_of_file(folder, name, files[name], digests), wanted)
+        faults = pool.map(
+            lambda name: _fault_of_file(folder, name, files[name], digests, on_read), wanted
+        )
         found += [
             Damage(name, fault)
             for name, fault in zip(wanted, faults, strict=True)
@@ -208,7 +219,9 @@ def _fault_of_path(name: str) -> str | None:
     return None
 
 
-def _fault_of_file(folder: Path, name: str, entry: Entry, digests: bool) -> str | None:
+def _fault_of_file(
+    folder: Path, name: str, entry: Entry, digests: bool, on_read: Callable[[int], None] | None
+) -> str | None:
     path = folder / name
     inside = os.path.join(os.path.realpath(folder), "")
     if not os.path.realpath(path).startswith(inside):
@@ -220,7 +233,7 @@ def _fault_of_file(folder: Path, name: str, entry: Entry, digests: bool) -> str 
             return "is not a file"
         if (size := path.stat().st_size) != entry.size:
             return f"has {size} bytes and had {entry.size} when it was saved"
-        if digests and hash_file(path) != entry:
+        if digests and hash_file(path, on_read=on_read) != entry:
             return "has another content than when it was saved: its SHA-256 differs"
     except OSError as error:
         return f"cannot be read ({error.strerror})"

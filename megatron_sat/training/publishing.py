@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sat.training.checkpoint import LATEST, REPLACED
+from megatron_sat.training.checkpoint import LATEST, REPLACED, write_latest
 from megatron_sat.training.retention import remove
 from megatron_sat.training.writing import sync_folder
 
@@ -66,13 +66,8 @@ def publish(unfinished: Path, folder: Path) -> list[str]:
     """Give a folder that is complete its name, and let ``latest`` say it.
 
     A crash at any moment leaves the old checkpoint of that name or the new one. Returns a line for
-    what could not be removed. OSError if it cannot be done; then nothing has changed.
+    what is not as it should be all the same. OSError if the folder cannot be given its name.
     """
-    pointer = folder.with_name(f"{LATEST}.tmp")
-    with open(pointer, "w") as file:
-        file.write(folder.name)
-        file.flush()
-        os.fsync(file.fileno())
     replaced = folder.with_name(REPLACED + folder.name)
     if folder.exists():  # the same iteration again, after a resume from an earlier one
         discard(replaced)
@@ -83,14 +78,18 @@ def publish(unfinished: Path, folder: Path) -> list[str]:
         if replaced.exists():
             replaced.rename(folder)
         raise
-    os.replace(pointer, folder.with_name(LATEST))
     sync_folder(folder.parent)
+    faults = []
+    try:
+        write_latest(folder)
+    except OSError as error:
+        faults.append(f"{folder.with_name(LATEST)} could not be written: {error}")
     try:
         if replaced.exists():
             remove(replaced)
     except OSError as error:
-        return [f"{replaced} could not be removed: {error}"]
-    return []
+        faults.append(f"{replaced} could not be removed: {error}")
+    return faults
 
 
 def discard(folder: Path) -> None:

@@ -1,31 +1,40 @@
 """What a run may go on from, and which folder it may write to."""
 
-import os
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_sat.training.checkpoint import (
     DELETED,
     LATEST,
+    REPLACED,
     RUN_STATE,
     UNFINISHED,
     Progress,
     StoredCheckpoint,
+    write_latest,
 )
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Described
+from megatron_sat.training.hf import export_folder
 from megatron_sat.training.metrics import METRICS_FILE
+from megatron_sat.training.search import list_checkpoints
+from megatron_sat.training.validation import same_folder
+
+_ABANDONED = "abandoned-"
+"""Before the name of what lies in a --save folder and is no part of its run any more."""
 
 
 def check_save_folder(config: TrainingConfig) -> None:
     """Refuse a `--save` folder whose run would be overwritten: one that holds a run, unless that
     run is what goes on. ValueError, naming the folder and what would be valid."""
-    save, load = config.checkpoint.save, config.checkpoint.load
+    save = config.checkpoint.save
     if save is None:
         return
-    same = load is not None and os.path.realpath(load) == os.path.realpath(save)
-    if same and not config.finetune:
+    if _goes_on_in(config):
         return
     folder = Path(save)
     found = [path.parent.name for path in folder.glob(f"*/{RUN_STATE}")]
@@ -39,13 +48,90 @@ def check_save_folder(config: TrainingConfig) -> None:
                 "--finetune to go on"
             )
         raise ValueError(f"--save {save} holds a run already; {advice}")
-    metrics = folder / METRICS_FILE
-    # Without a step, as after a start that ran out of memory, there is nothing to lose.
-    if metrics.is_file() and b'"kind": "train"' in metrics.read_bytes():
+    if not config.checkpoint.auto_resume and _has_steps(folder / METRICS_FILE):
         raise ValueError(
             f"--save {save} holds the {METRICS_FILE} of a run that saved no checkpoint; remove it, "
-            "or give another folder"
+            "give another folder, or give --auto-resume to begin it anew"
         )
+
+
+def _goes_on_in(config: TrainingConfig) -> bool:
+    """Whether the run goes on in the folder that it is loaded from."""
+    checkpoint = config.checkpoint
+    return same_folder(checkpoint.load, checkpoint.save) and not config.finetune
+
+
+def _has_steps(metrics: Path) -> bool:
+    # Without a step, as after a start that ran out of memory, there is nothing to lose.
+    return metrics.is_file() and b'"kind": "train"' in metrics.read_bytes()
+
+
+def auto_resume(config: TrainingConfig) -> TrainingConfig:
+    """`config` as ``--auto-resume`` means it: going on from ``--save`` if a checkpoint lies there,
+    complete or not, else as it is. Collective.
+
+    What the first start loaded, and how, is left behind then.
+    """
+    save = config.checkpoint.save
+    if not config.checkpoint.auto_resume or save is None:
+        return config
+    found = [bool(list_checkpoints(save))]
+    dist.broadcast_object_list(found)
+    if not found[0]:
+        return config
+    checkpoint = replace(
+        config.checkpoint, load=save, ckpt_step=None, no_load_optim=False, no_load_rng=False
+    )
+    return replace(config, checkpoint=checkpoint, finetune=False)
+
+
+def is_done(stored: StoredCheckpoint, config: TrainingConfig) -> bool:
+    """Whether a restart by ``--auto-resume`` has nothing to do: all steps are done, and the Hugging
+    Face folder that was asked for at the end is written."""
+    checkpoint = config.checkpoint
+    if not checkpoint.auto_resume or checkpoint.load != checkpoint.save:
+        return False
+    if stored.progress.iteration < config.train_iters:
+        return False
+    if checkpoint.save_hf is None:
+        return True
+    iteration = stored.progress.iteration if checkpoint.save_hf_every_save else None
+    return export_folder(config, iteration).exists()
+
+
+def set_aside(stored: StoredCheckpoint | None, config: TrainingConfig) -> list[str]:
+    """Give what a start leaves behind in its ``--save`` folder another name, so that nothing takes
+    it for a part of this run; what was done, in a line each. On one rank, before the first step.
+
+    A run that goes on from one of its checkpoints leaves later ones behind, damaged or not; one
+    that begins anew, the metrics of a run that was killed before its first checkpoint. OSError if
+    the folder cannot be written.
+    """
+    if config.checkpoint.save is None:
+        return []
+    save = Path(config.checkpoint.save)
+    if stored is None or not _goes_on_in(config):
+        metrics = save / METRICS_FILE
+        if not _has_steps(metrics):
+            return []
+        kept = _free_name(metrics.with_name(f"{_ABANDONED}{METRICS_FILE}"))
+        metrics.rename(kept)
+        return [f"{save} holds no checkpoint: the run begins anew, the metrics so far are {kept}"]
+    notes = []
+    for folder in list_checkpoints(save):
+        if folder.name == stored.folder.name:
+            break
+        kept = _free_name(folder.with_name(_ABANDONED + folder.name.removeprefix(REPLACED)))
+        folder.rename(kept)
+        notes.append(f"{folder} is later than this start and left behind, as {kept}")
+    if notes:
+        write_latest(save / stored.folder.name.removeprefix(REPLACED))
+    return notes
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
 def check_settings(stored: StoredCheckpoint, config: TrainingConfig) -> None:

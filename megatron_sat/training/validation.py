@@ -346,6 +346,13 @@ def _check_checkpoint(config: TrainingConfig) -> None:
     ):
         if needs_save and checkpoint.save is None:
             raise ValueError(f"{flag} needs --save, the directory for checkpoints")
+    if checkpoint.auto_resume and checkpoint.save is None:
+        raise ValueError("--auto-resume needs --save, the directory that it goes on from")
+    if checkpoint.auto_resume and same_folder(checkpoint.load, checkpoint.save):
+        raise ValueError(
+            f"--auto-resume goes on from --save {checkpoint.save} by itself; leave --load "
+            f"{checkpoint.load} out, or give the folder that the run begins with"
+        )
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
         raise ValueError("--keep-every needs --keep-last; without it all checkpoints are kept")
     for flag, needs_save_hf in (
@@ -366,6 +373,13 @@ def _check_checkpoint(config: TrainingConfig) -> None:
     for flag, given in needs_load.items():
         if given:
             raise ValueError(f"{flag} needs --load, the directory of a checkpoint")
+
+
+def same_folder(load: str | None, save: str | None) -> bool:
+    """Whether both are given and lead to one folder."""
+    if load is None or save is None:
+        return False
+    return os.path.realpath(load) == os.path.realpath(save)
 
 
 def _check_autotune(config: TrainingConfig) -> None:

@@ -1,7 +1,5 @@
 """What a checkpoint holds, what may be loaded from it, and what a crash leaves behind."""
 
-import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -16,9 +14,10 @@ from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training import checkpoint
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.checkpoint import check_compatible, find_checkpoint
+from megatron_sat.training.checkpoint import check_compatible
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
+from megatron_sat.training.search import find_checkpoint
 
 RUN = (
     "--train-iters 4 --lr-decay-iters 4 --lr-decay-style constant --lr-warmup-iters 0 "
@@ -200,39 +199,3 @@ def test_random_states_go_on_unless_they_are_left_behind(tmp_path, tiny_data):
     assert run_on_ranks(draw_while_training, 2, resumed) == [first[2:], second[2:]]
     anew = run_on_ranks(draw_while_training, 2, [*resumed, "--no-load-rng"])
     assert anew == [first[:2], second[:2]]
-
-
-def test_a_damaged_checkpoint_is_refused_with_the_file(copied):
-    folder = copied / "global_step4"
-    weights = next(folder.glob("*model_states.pt"))
-    size = weights.stat().st_size
-    os.truncate(weights, size // 2)
-    with pytest.raises(ValueError, match=f"{weights} is damaged, it has {size // 2} bytes and had"):
-        find_checkpoint(str(copied))
-    weights.unlink()
-    with pytest.raises(ValueError, match=f"incomplete, {weights} does not exist"):
-        find_checkpoint(str(copied))
-    find_checkpoint(str(copied), iteration=2)
-
-
-def test_what_is_no_checkpoint_is_refused_with_the_file(copied):
-    description = copied / "global_step4" / "run_state.json"
-    run_state = json.loads(description.read_text())
-    for spoiled, message in (
-        ("{", "is damaged: "),
-        ("[]", "is damaged: "),
-        (json.dumps(run_state | {"format": 99}), "its format is 99, this version reads 1"),
-        (json.dumps(run_state | {"progress": {"steps": 4}}), "is damaged: .*steps"),
-        (json.dumps(run_state | {"config": {"model": {}}}), "is damaged: "),
-    ):
-        description.write_text(spoiled)
-        with pytest.raises(ValueError, match=f"--load {copied}: {description} .*{message}"):
-            find_checkpoint(str(copied))
-    description.unlink()
-    with pytest.raises(ValueError, match=f"global_step4 is not a checkpoint .*{description}"):
-        find_checkpoint(str(copied))
-    with pytest.raises(ValueError, match="global_step3 is not a checkpoint of this trainer"):
-        find_checkpoint(str(copied), iteration=3)
-    (copied / "latest").unlink()
-    with pytest.raises(ValueError, match=f"--load {copied}: there is no checkpoint, .*latest"):
-        find_checkpoint(str(copied))

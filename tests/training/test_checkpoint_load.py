@@ -7,7 +7,8 @@ import pytest
 
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training.checkpoint import RUN_STATE, find_checkpoint
+from megatron_sat.training.checkpoint import RUN_STATE
+from megatron_sat.training.search import find_checkpoint
 
 RUN = "--train-iters 2 --lr-decay-iters 4 --sat-omission-rate 0.5 --sat-channel-multiple 16 "
 

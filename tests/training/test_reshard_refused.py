@@ -15,9 +15,10 @@ from megatron_sat.checkpoint.reshard import ReshardedStates
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.checkpoint import RUN_STATE, check_compatible, find_checkpoint
+from megatron_sat.training.checkpoint import RUN_STATE, check_compatible
 from megatron_sat.training.initialize import RanksStopped
 from megatron_sat.training.reshard import Resharding, plan_resharding
+from megatron_sat.training.search import find_checkpoint
 
 RUN = "--train-iters 2 --lr-decay-iters 4 --eval-iters 0 --micro-batch-size 1 "
 TENSOR_PARALLEL = "--tensor-model-parallel-size 2 --micro-batch-size 2 "

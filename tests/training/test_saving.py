@@ -20,13 +20,14 @@ import torch.distributed as dist
 from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training import saving
-from megatron_sat.training.checkpoint import RUN_STATE, find_checkpoint
+from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.display import PlainDisplay
 from megatron_sat.training.exit_codes import RunEnded
 from megatron_sat.training.initialize import run
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import MANIFEST, verify
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
+from megatron_sat.training.search import find_checkpoint
 from megatron_sat.training.writing import HashingFile, WriteAbandoned, write_file
 
 RUN = (
