@@ -237,18 +237,28 @@ class Trainer:
         """
         checkpoint = self.config.checkpoint
         if checkpoint.save is not None:
-            self._saver.start(
-                progress=self.progress,
-                state=self.state,
-                scheduler_state=self.learning_rate.state_dict(),
-                padded_vocab_size=self.padded_vocab_size,
-                data=self.datasets.described,
-            )
+            self._start_saving()
             if last or not checkpoint.async_save:
                 self.finish_saving(last=last)
         complete = self.iteration >= self.config.train_iters
         if checkpoint.save_hf is not None and (complete or checkpoint.save_hf_every_save):
             self._save_hf(last=last)
+
+    def save_snapshot(self, folder: Path) -> None:
+        """Save a checkpoint in another ``folder`` than ``--save``, and wait for it. Collective. It
+        is not `last_saved`. RunEnded as :meth:`save`."""
+        self._start_saving(snapshot_in=folder)
+        self.finish_saving()
+
+    def _start_saving(self, *, snapshot_in: Path | None = None) -> None:
+        self._saver.start(
+            progress=self.progress,
+            state=self.state,
+            scheduler_state=self.learning_rate.state_dict(),
+            padded_vocab_size=self.padded_vocab_size,
+            data=self.datasets.described,
+            snapshot_in=snapshot_in,
+        )
 
     def poll_saving(self) -> None:
         """Go on with a checkpoint that is being written, without waiting for it. Collective, after

@@ -60,6 +60,8 @@ class _Save:
     work: "Future[Any]"
     """This rank's part: entries of the files that it wrote; later, of what rank 0 could not
     remove, a line each."""
+    what: str
+    """For messages, and for the count of failures."""
     staging: Staging | None = None
     publishing: bool = False
 
@@ -111,6 +113,7 @@ class CheckpointSaver:
         scheduler_state: Mapping[str, Any],
         padded_vocab_size: int,
         data: Mapping[str, Any],
+        snapshot_in: Path | None = None,
     ) -> None:
         """Begin to save ``<save>/global_step<iteration>`` as the run stands now. Collective.
 
@@ -118,11 +121,15 @@ class CheckpointSaver:
         when this returns. An earlier save comes to its end first. :meth:`finish` waits for the
         end, :meth:`poll` comes to it step by step.
 
+        Args:
+            snapshot_in: a folder to save in instead of ``--save``; what is saved there is not
+                ``last_saved``, and nothing is removed for it.
+
         Raises:
             RunEnded: on all ranks, if a save has failed once too often.
         """
         self._finish_earlier()
-        save, failure = self._make_room(progress.iteration)
+        save, failure = self._make_room(progress.iteration, snapshot_in)
         self._save = save
         if failure is not None:
             self._ended(save, failure)
@@ -195,10 +202,11 @@ class CheckpointSaver:
             seconds = time.perf_counter() - began
             self._say(f" waited {seconds:.1f} s for {earlier.folder}, which was still being saved")
 
-    def _make_room(self, iteration: int) -> tuple[_Save, str | None]:
+    def _make_room(self, iteration: int, snapshot_in: Path | None) -> tuple[_Save, str | None]:
         """An empty folder to write to, or why there is none."""
-        assert self._config.checkpoint.save is not None
-        folder = Path(self._config.checkpoint.save) / folder_name(iteration)
+        place = snapshot_in or self._config.checkpoint.save
+        assert place is not None
+        folder = Path(place) / folder_name(iteration)
         unfinished = folder.with_name(UNFINISHED + folder.name)
         fault = None
         if dist.get_rank() == 0:
@@ -207,7 +215,8 @@ class CheckpointSaver:
                 unfinished.mkdir(parents=True)
             except OSError as error:
                 fault = error
-        save = _Save(iteration, folder, unfinished, _done(fault))
+        what = _CHECKPOINT if snapshot_in is None else "snapshot"
+        save = _Save(iteration, folder, unfinished, _done(fault), what)
         return save, _reports(f"making room for {folder}", save.work)[1]
 
     def _write_now(self, save: _Save, files: Mapping[str, bytes]) -> None:
@@ -286,6 +295,8 @@ class CheckpointSaver:
         checkpoint = self._config.checkpoint
         write_manifest(save.unfinished, known=known)
         faults = publish(save.unfinished, save.folder)
+        if save.what != _CHECKPOINT:
+            return faults
         return faults + remove_expired(
             save.folder.parent,
             newest=save.iteration,
@@ -296,14 +307,15 @@ class CheckpointSaver:
     def _ended(self, save: _Save, failure: str | None, *, last: bool = False) -> None:
         self._save = None
         if failure is None:
-            self._failures[_CHECKPOINT] = 0
-            self.last_saved = save.folder
+            self._failures[save.what] = 0
+            if save.what == _CHECKPOINT:
+                self.last_saved = save.folder
             self._say(f" saved {save.folder}")
             return
         if dist.get_rank() == 0:
             with contextlib.suppress(OSError):  # it is removed by the next one, or the next run
                 discard(save.unfinished)
-        self._count(_CHECKPOINT, f"{save.folder.name}: {failure}", last=last)
+        self._count(save.what, f"{save.folder.name}: {failure}", last=last)
 
     def _count(self, what: str, failure: str, *, last: bool) -> None:
         """Report a failed save of ``what``; RunEnded if it is one too many."""

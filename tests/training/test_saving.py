@@ -249,6 +249,34 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def save_a_snapshot(argv: list[str], folder: Path) -> list[str]:
+    train_step = Trainer.train_step
+
+    def step(self: Trainer, batches: Any) -> None:
+        train_step(self, batches)
+        if self.iteration == 3:
+            last = self.last_saved
+            self.save_snapshot(folder)
+            assert self.last_saved in (last, Path(argv[-1]) / "global_step2")
+
+    with messages() as shown, mock.patch.object(Trainer, "train_step", step):
+        train(argv)
+    return [line for line in shown if line.startswith(" saved")]
+
+
+@FORMS
+def test_a_snapshot_in_another_folder_leaves_the_checkpoints_alone(
+    form: str, tmp_path: Path, tiny_data: Path
+) -> None:
+    save, other = tmp_path / "save", tmp_path / "other"
+    flags = RUN + f"--train-iters 4 --save-interval 2 --keep-last 2 {form} --save {save}"
+    shown, _ = run_on_ranks(save_a_snapshot, 2, tiny_run(tiny_data, flags), other)
+    folders = [save / "global_step2", other / "global_step3", save / "global_step4"]
+    assert shown == [f" saved {folder}" for folder in folders]
+    assert all(verify(folder) == [] for folder in folders)
+    assert (save / "latest").read_text() == "global_step4"
+
+
 def train_without_room(
     argv: list[str], failing: tuple[int, ...]
 ) -> tuple[tuple[str, int] | None, int, str | None, list[str]]:
