@@ -20,6 +20,7 @@ from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import MANIFEST, verify
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.staging import Staging
 from megatron_sat.training.writing import HashingFile, WriteAbandoned, write_file
 from tests.training.saves import (
     FORMS,
@@ -97,6 +98,43 @@ def test_an_asynchronous_checkpoint_is_the_blocking_one(
         configs = [state.pop("config") for state in states]
         assert states[0] == states[1]
         assert [config["checkpoint"]["async_save"] for config in configs] == [False, True]
+
+
+def parameters_when_the_stream_is_held(argv: list[str]) -> tuple[dict[int, float], list[int]]:
+    """The sum of the parameters after each step, and of which steps they were when the stream was
+    made to wait for copies."""
+    after: dict[int, float] = {}
+    held: list[int] = []
+    trainers: list[Trainer] = []
+    train_step = Trainer.train_step
+
+    def total() -> float:
+        return sum(float(p.detach().double().sum()) for p in trainers[0].engine.module.parameters())
+
+    def step(self: Trainer, batches: Any) -> None:
+        trainers[:] = [self]
+        train_step(self, batches)
+        after[self.iteration] = total()
+
+    def hold(self: Staging) -> None:
+        held.append(next(step for step, value in after.items() if value == total()))
+
+    with (
+        mock.patch.object(Trainer, "train_step", step),
+        mock.patch.object(Staging, "hold_stream", hold),
+    ):
+        train_on_before_files_are_written(argv)
+    return after, held
+
+
+def test_the_optimizer_waits_for_copies(tmp_path: Path, tiny_data: Path) -> None:
+    flags = RUN + "--train-iters 5 --save-interval 3 --async-save --zero-stage 1 "
+    argv = tiny_run(tiny_data, flags + "--global-batch-size 8", save=tmp_path)
+    for after, held in run_on_ranks(parameters_when_the_stream_is_held, 2, argv):
+        assert len(set(after.values())) == 5
+        # Once before each update while the save of step 3 is in flight, in steps of two
+        # micro-batches.
+        assert held == [3, 4]
 
 
 def save_while_another_is_in_flight(argv: list[str]) -> tuple[list[tuple[str, int]], list[str]]:

@@ -4,6 +4,7 @@ import io
 from collections import OrderedDict
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -88,3 +89,27 @@ def test_memory_is_kept_from_save_to_save() -> None:
     (third,) = staged({"x": large + 1}, memory=memory)
     assert third["x"].data_ptr() == second["x"].data_ptr() != 0
     assert address and torch.equal(third["x"], large + 1)
+
+
+@pytest.mark.gpu
+def test_copies_from_a_gpu_run_beside_what_does_not_change_the_tensors() -> None:
+    memory = HostMemory()
+    flat = torch.randn(1 << 28, device="cuda")  # a GiB, so that the copy takes a while
+    expected = flat.cpu()
+    for _ in range(2):  # the second time in memory that is there
+        staging = Staging(memory)
+        number = staging.add({"a": flat[:1000], "b": flat[1000:]})
+        staging.copy()
+        assert memory.fault is None
+        began = torch.cuda.Event()
+        began.record()
+        began.synchronize()
+        assert staging._copied is not None and not staging._copied.query()  # nobody waited for it
+        staging.hold_stream()
+        flat.zero_()
+        staging.wait()
+        copy = staging.get(number)
+        assert torch.equal(copy["a"], expected[:1000]) and torch.equal(copy["b"], expected[1000:])
+        assert size(copy) < expected.nbytes + 10_000
+        flat.copy_(expected)
+    memory.close()
