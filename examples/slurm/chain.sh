@@ -8,7 +8,9 @@
 #
 # A checkpoint is written every --save-interval steps and at the end. Nothing is saved when the job
 # is stopped: the steps since the last checkpoint are done again, and the run is then the one that
-# was never stopped. Choose an interval that you can afford to lose each time.
+# was never stopped. Choose an interval that you can afford to lose each time. Every start is the same
+# command: --auto-resume finds the last complete checkpoint in SAVE, or begins (LOAD) where there is
+# none.
 #
 # The job is requeued 2 minutes before its time is over, by this script; when it is preempted (where
 # the cluster preempts with PreemptMode=REQUEUE) or a node fails, by SLURM. A run that ends with an
@@ -27,18 +29,9 @@
 set -euo pipefail
 
 : "${SAVE:?the folder of checkpoints, by which the chain finds where it was}"
-restarts=${SLURM_RESTART_COUNT:-0}
-resume=()
-if [[ -e $SAVE/latest ]]; then
-    resume=(--load "$SAVE")
-    unset LOAD # where the chain began
-elif ((restarts > 0)) && [[ -e $SAVE/metrics.jsonl ]]; then
-    # Stopped before the first checkpoint: begins anew, and keeps what there was to see.
-    mv "$SAVE/metrics.jsonl" "$SAVE/metrics-before-restart-$restarts.jsonl"
-fi
 
 requeue() {
-    echo "chain.sh: time is nearly over; back to the queue, to go on from $SAVE/latest"
+    echo "chain.sh: time is nearly over; back to the queue, to go on from $SAVE"
     scontrol requeue "$SLURM_JOB_ID"
 }
 trap requeue USR1
@@ -47,7 +40,7 @@ trap requeue USR1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export LAUNCHER="srun --kill-on-bad-exit=1 python"
 # In the background, as bash acts on a signal only between commands.
-"${SCRIPT:-examples/pretrain_llama2_7b.sh}" "$@" ${resume[@]+"${resume[@]}"} &
+"${SCRIPT:-examples/pretrain_llama2_7b.sh}" --auto-resume "$@" &
 training=$!
 code=0
 wait "$training" || code=$?

@@ -36,6 +36,7 @@ def convert(
     dtype: HFDtype | None = None,
     source: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the model of a checkpoint to the Hugging Face folder `target`.
 
@@ -46,6 +47,7 @@ def convert(
         source: Folder whose config.json, generation config and tokenizer are taken; None: the
             run's `--load-hf`, or what the run's own settings say.
         max_shard_bytes: Largest weights file.
+        trust_remote_code: Run the code that the run's Hugging Face tokenizer comes with.
 
     Returns: `target`.
 
@@ -63,6 +65,7 @@ def convert(
         data=config.data,
         source=description,
         max_shard_bytes=max_shard_bytes,
+        trust_remote_code=trust_remote_code,
     )
     weights = DeepSpeedWeights(stored)
     try:
@@ -127,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="how --verify cuts --load-hf (a checkpoint is read as its run cut it)",
     )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that a tokenizer's or a model's folder holds (default: off)",
+    )
     return parser
 
 
@@ -153,6 +161,7 @@ def _run(args: argparse.Namespace) -> int:
             dtype=args.save_hf_dtype,
             source=args.load_hf,
             max_shard_bytes=int(args.max_shard_size * 1e9),
+            trust_remote_code=args.trust_remote_code,
         )
         print(f"wrote {args.save_hf} from {stored.folder}")
     if args.verify is None:
@@ -165,6 +174,7 @@ def _run(args: argparse.Namespace) -> int:
         text,
         stored=stored,
         tensor_parallel=args.tensor_model_parallel_size,
+        trust_remote_code=args.trust_remote_code,
     )
     return _report(result, args.tolerance)
 

@@ -53,6 +53,8 @@ class HFExport:
     """The folder that the model came from: its config.json and generation config are taken, and
     its tokenizer where `data` has none of its kind."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    trust_remote_code: bool = False
+    """Run the code that the tokenizer comes with; what `data` says of it may be a checkpoint's."""
 
     def __post_init__(self) -> None:
         if self.target.exists():
@@ -188,7 +190,7 @@ def _copy_tokenizer(export: HFExport, folder: Path) -> dict[str, int]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
-            str(source), local_files_only=True, trust_remote_code=False
+            str(source), local_files_only=True, trust_remote_code=export.trust_remote_code
         )
         names = ("bos_token_id", "eos_token_id")
         return {name: number for name in names if (number := getattr(tokenizer, name)) is not None}

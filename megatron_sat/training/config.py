@@ -171,6 +171,9 @@ class DataConfig:
     """Kind of tokenizer."""
     tokenizer_model: str | None = None
     """SentencePiece file, or Hugging Face tokenizer folder; None for NullTokenizer."""
+    trust_remote_code: bool = False
+    """Run the code that a Hugging Face tokenizer comes with. What a checkpoint says of it is never
+    followed."""
     reset_position_ids: bool = False
     """Positions start anew after each end of document."""
     reset_attention_mask: bool = False

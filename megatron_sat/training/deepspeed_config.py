@@ -39,7 +39,8 @@ def read_json(path: str) -> dict[str, Any]:
     """The user's JSON at `path`.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON object, or has a section that flags own.
+        ValueError: the file cannot be read, is no JSON object, holds a secret, or has a section
+            that flags own.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -56,12 +57,27 @@ def read_json(path: str) -> dict[str, Any]:
                 f'--deepspeed_config {path}: the section "{section}" is not used here; '
                 f"remove it and use {flags}"
             )
+    if (secret := _api_key(user)) is not None:
+        raise ValueError(
+            f'--deepspeed_config {path}: "{secret}" is a secret, which DeepSpeed prints with its '
+            "settings; remove it, and give it in the environment, as COMET_API_KEY"
+        )
     if json_value(user, "fp16.enabled"):
         raise ValueError(
             f'--deepspeed_config {path}: "fp16.enabled" is true; fp16 is not supported, '
             "valid are --bf16 and float32 (without it)"
         )
     return user
+
+
+def _api_key(section: Mapping[str, Any], path: str = "") -> str | None:
+    """The dotted path of a key that is filled in."""
+    for name, value in section.items():
+        if name == "api_key" and value:
+            return f"{path}{name}"
+        if isinstance(value, Mapping) and (found := _api_key(value, f"{path}{name}.")) is not None:
+            return found
+    return None
 
 
 def json_value(user: Mapping[str, Any], field: str) -> Any:

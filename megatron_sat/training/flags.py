@@ -243,6 +243,11 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         help="SentencePiece file or Hugging Face tokenizer folder (default: --load-hf)",
     )
     add(
+        "--trust-remote-code",
+        action="store_true",
+        help=f"run the Python code that the tokenizer's folder holds {_OFF}",
+    )
+    add(
         "--reset-position-ids",
         action="store_true",
         help=f"positions restart after a document {_OFF}",

@@ -82,6 +82,7 @@ def plan_export(
         dtype=checkpoint.save_hf_dtype or default_dtype(config, source),
         data=config.data,
         source=source,
+        trust_remote_code=config.data.trust_remote_code,
     )
 
 

@@ -81,6 +81,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
             config.data.tokenizer_type,
             config.data.tokenizer_model,
             tokenizer_vocab_size(config),
+            trust_remote_code=config.data.trust_remote_code,
         )
         check_vocabulary(config, tokenizer)
         vocab_size = config.model.vocab_size or tokenizer.vocab_size

@@ -85,7 +85,7 @@ def find_checkpoint(
     if iteration is not None:
         with _agree(f"looking for a checkpoint of {iteration}", together):
             folders = [_of_iteration(load, folders, iteration)]
-    passed_over = []
+    passed_over: list[str] = []
     for folder in folders:
         described = _of_first_rank(functools.partial(_describe, load, folder), together)
         stored, damage = described.stored, described.damage
