@@ -90,6 +90,7 @@ class Trainer:
         self._stopping = Stopping() if stopping is None else stopping
         self._watchdog = Watchdog() if watchdog is None else watchdog
         self._stops: str | None = None
+        self._is_first_step = True
         self._step_losses: list[tuple[Tensor, Tensor]] = []
         self._gradients = NonFiniteGradients(engine)
         self._skips = SkippedSteps(most=config.watch.max_skipped_steps, gradients=self._gradients)
@@ -172,18 +173,19 @@ class Trainer:
         self.learning_rate.set_iteration(self.iteration)
         self.state.begin_step(self.iteration + 1)
         self._step_losses.clear()
+        compiles, self._is_first_step = self._is_first_step, False
         for index in range(engine.gradient_accumulation_steps()):
-            self._watchdog.at("loading a batch", iteration=self.iteration + 1)
+            self._watchdog.at("loading a batch", iteration=self.iteration + 1, slow=compiles)
             batch = next(batches).to(self._device)
             self.state.begin_micro_batch(index, batch.token_mask)
-            self._watchdog.at("the forward pass")
+            self._watchdog.at("the forward pass", slow=compiles)
             loss_sum, count = self._loss(batch)
             self._meter.add_loss(loss_sum, count)
             self._step_losses.append((loss_sum.detach(), count))
-            self._watchdog.at("the backward pass")
+            self._watchdog.at("the backward pass", slow=compiles)
             engine.backward(loss_sum / loss_denominator(loss_sum, count))
             if engine.is_gradient_accumulation_boundary():
-                self._watchdog.at("the optimizer's step")
+                self._watchdog.at("the optimizer's step", slow=compiles)
                 self._stopping.begin()
                 if self._checks_gradients:
                     self._gradient_norm = gradient_norm(engine.module)
