@@ -20,7 +20,11 @@ from megatron_sat.training.checkpoint import Progress, save_checkpoint
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Datasets
 from megatron_sat.training.display import Display
-from megatron_sat.training.gradients import discard_gradients, gradient_norm
+from megatron_sat.training.gradients import (
+    discard_gradients,
+    forget_skipped_gradients,
+    gradient_norm,
+)
 from megatron_sat.training.hf import export, plan_export
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.learning_rate import LearningRate
@@ -214,6 +218,7 @@ class Trainer:
         watch = self.config.watch
         self._watchdog.at("looking at the numbers")
         if skipped:
+            forget_skipped_gradients(self.engine.optimizer)
             losses = [loss for loss, _ in self._step_losses]
             self.display.message(
                 " " + self._skips.skipped(self.iteration, losses, last_saved=self.last_saved)
