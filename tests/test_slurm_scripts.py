@@ -3,21 +3,19 @@ run in tests/cluster."""
 
 import os
 import re
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.exit_codes import ExitCode
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "examples/slurm"
-# What the script prints is what srun is given; a file named `go` ends it, if it is told to wait.
+# What the script prints is what srun is given.
 SRUN = """#!/bin/sh
 printf '%s\\0' "$@"
-[ -z "$WAIT" ] || { touch "$WAIT/started"; while [ ! -e "$WAIT/go" ]; do sleep 0.02; done; }
 exit "${CODE:-0}"
 """
 SCONTROL = """#!/bin/sh
@@ -95,28 +93,18 @@ def test_the_scripts_that_train_go_on_by_themselves(script):
     assert "--auto-resume" in (REPOSITORY / "examples" / script).read_text().split()
 
 
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 20
-    while not file.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("code", [0, 2])
-def test_a_chain_is_requeued_when_its_time_is_nearly_over(job, tmp_path, code):
-    process = job("chain.sh", WAIT=str(tmp_path), CODE=str(code))
-    wait_for(tmp_path / "started", process)
-    process.send_signal(signal.SIGUSR1)
-    wait_for(tmp_path / "calls", process)  # training goes on until SLURM ends it
-    (tmp_path / "go").touch()
+def test_a_run_that_stopped_and_saved_is_requeued(job, tmp_path):
+    process = job("chain.sh", CODE=str(int(ExitCode.STOPPED)))
     output, _ = process.communicate(timeout=20)
-    assert process.returncode == code
+    assert process.returncode == 75
     assert "back to the queue" in output
     assert (tmp_path / "calls").read_text() == "requeue 4711\n"
 
 
-def test_a_run_that_fails_ends_the_chain(job, tmp_path):
-    process = job("chain.sh", CODE="2")
-    process.communicate(timeout=20)
-    assert process.returncode == 2
+@pytest.mark.parametrize("code", [0, 1, 2, 69, 70, 74, 143])
+def test_a_run_that_is_done_or_fails_ends_the_chain(job, tmp_path, code):
+    process = job("chain.sh", CODE=str(code))
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "back to the queue" not in output
     assert not (tmp_path / "calls").exists()

@@ -10,7 +10,7 @@ knows size and digest of every other file.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,8 @@ class Progress:
     """Steps without an update."""
     first_validation_losses: Mapping[str, float] = field(default_factory=dict)
     """Of each validation set: its first loss that was finite."""
+    recent_losses: Sequence[float] = field(default_factory=list)
+    """What the next losses are compared with, where spikes are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

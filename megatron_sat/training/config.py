@@ -240,6 +240,26 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """When a run stops early, and what it does not put up with."""
+
+    exit_interval: int | None = None
+    """Save and stop after every so many iterations."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after so many minutes."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because something was not finite."""
+    loss_spike_threshold: float | None = None
+    """Deviations above the running median from which on a loss is a spike; None looks for none."""
+    rollback_on_spike: bool = False
+    """Go back to the last checkpoint's weights after a spike, and leave out its data."""
+    check_weight_hash_across_dp_replicas_interval: int = 500
+    """Iterations between comparisons of what ranks hold copies of; 0 for none."""
+    hang_timeout_minutes: float = 5.0
+    """How long a rank may stay in one place of a step; 0 for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Everything a run is told. `arguments.parse_args` has resolved all defaults."""
 
@@ -249,6 +269,7 @@ class TrainingConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    watch: WatchConfig = field(default_factory=WatchConfig)
     sat: SATConfig | None = None
     """Sparsity-accelerated training; None trains dense."""
     sat_autotune: str | None = None

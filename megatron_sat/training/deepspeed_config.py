@@ -24,6 +24,8 @@ OWNED_SECTIONS = {
 NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
 LARGEST_BUCKET = 200_000_000
 SMALLEST_BUCKET = 1_000_000
+# What has steps skipped whose gradients are not finite.
+_CHECKS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
 LARGEST_PACKED_GRADIENT = 4_000_000  # elements; at ZeRO stage 3
 
 
@@ -193,6 +195,12 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
     for field, value in _defaults(config).items():
         _put(result, field, value, overwrite=False)
     _refuse_auto(result, "")
+    for field in _CHECKS:
+        if json_value(result, field) is False:
+            raise ValueError(
+                f'"{field}" in --deepspeed_config is false; valid: true, or a step whose gradients '
+                "are not finite would reach the weights"
+            )
     for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = json_value(result, f"zero_optimization.{section}.device")
         if device not in (None, "none") and stage < least:

@@ -15,6 +15,7 @@ from megatron_sat.training.config import (
     WSDDecayStyle,
 )
 from megatron_sat.training.model_arguments import add_model_arguments
+from megatron_sat.training.watch_arguments import add_watch_arguments
 
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 # Every flag's help says its default, or when it is required.
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data_arguments(parser.add_argument_group("data"))
     _add_checkpoint_arguments(parser.add_argument_group("checkpoints"))
     _add_logging_arguments(parser.add_argument_group("evaluation and logging"))
+    add_watch_arguments(parser.add_argument_group("stopping and watching"))
     add_sat_arguments(parser)
     return parser
 

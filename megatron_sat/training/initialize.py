@@ -22,11 +22,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_sat.cpu import enable_cpu_path
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.exit_codes import RunEnded
+from megatron_sat.training.exit_codes import ExitCode, RunEnded
 from megatron_sat.training.launch import Launch
 
 
-class RanksStopped(RuntimeError):
+class RanksStopped(RunEnded):
     """Raised on all ranks when at least one of them failed in `ranks_agree`.
 
     `by_user` tells a mistake of the user's (ValueError, OSError) from a fault of the program,
@@ -34,7 +34,7 @@ class RanksStopped(RuntimeError):
     """
 
     def __init__(self, message: str, *, by_user: bool, by_disk: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(message, ExitCode.MISTAKE if by_user else ExitCode.FAULT)
         self.by_user = by_user
         self.by_disk = by_disk
 
@@ -189,37 +189,38 @@ def ranks_agree(doing: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], object]) -> int:
-    """Call `main` and return the exit code: 0; or 2 for a user's mistake, of which rank 0 prints
-    one line, `error: ...`; or the code of a `RunEnded`. Other exceptions are raised."""
+    """Call `main` and return the exit code, an `ExitCode`.
+
+    Where all ranks end together (`RunEnded`) or the user made a mistake, rank 0 prints one line;
+    other exceptions are raised.
+    """
     try:
         main()
-        return 0
+        return ExitCode.DONE
     except RunEnded as error:
-        _report(error)
-        return error.code
-    except RanksStopped as error:
-        if not error.by_user:
+        if error.code == ExitCode.FAULT:
             raise
-        _report(error)
-        return 2
+        report_error(str(error), kind="stopped" if error.code == ExitCode.STOPPED else "error")
+        return error.code
     except ValueError as error:
         if dist.is_initialized():
             # Outside of `ranks_agree` others may not know of it, and it may be the program's.
             raise
-        _report(error)
-        return 2
+        report_error(str(error))
+        return ExitCode.MISTAKE
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees an exit
             dist.destroy_process_group()
 
 
-def _report(error: Exception) -> None:
-    message = f"error: {error}"
-    if not dist.is_initialized() or dist.get_rank() == 0:
+def report_error(message: str, *, kind: str = "error", by_all: bool = False) -> None:
+    """Print why the run ends, on rank 0 (or `by_all`), and tell torchrun."""
+    message = f"{kind}: {message}"
+    if by_all or not dist.is_initialized() or dist.get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is not None:
+    if path:
         # torchrun ends with a traceback of its own, and below it shows what it finds here. The
         # format is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
         reply = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}

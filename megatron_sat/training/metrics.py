@@ -126,7 +126,34 @@ class EvalRecord:
         return {tag: value for tag, value in tags.items() if value is not None}
 
 
-Record = TrainRecord | EvalRecord
+@dataclass(frozen=True, kw_only=True)
+class SpikeRecord:
+    """A loss spike: a "spike" line."""
+
+    iteration: int
+    """Steps done, that of the spike included."""
+    loss: float
+    """Of that step, the mean over its tokens."""
+    median: float
+    """Of the losses before it."""
+    deviation: float
+    """Of those: see `watch.Spike`."""
+    samples: tuple[int, int]
+    """The first sample of its batch, and the first behind it, in the run's order."""
+    rolled_back_to: int | None
+    """Iteration whose parameters the next step begins with; None if they stay."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line of `metrics.jsonl`."""
+        line = {"kind": "spike", **vars(self), "samples": list(self.samples)}
+        return {key: _finite(value) for key, value in line.items()}
+
+    def scalars(self) -> dict[str, float]:
+        """The loss, under a tag of its own."""
+        return {"train/spike": self.loss}
+
+
+Record = TrainRecord | EvalRecord | SpikeRecord
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -293,6 +320,10 @@ class MetricsSinks:
 
     def log_eval(self, record: EvalRecord) -> None:
         """Hand one evaluation of one data set to every sink."""
+        self._log(record)
+
+    def log_spike(self, record: SpikeRecord) -> None:
+        """Hand one loss spike to every sink."""
         self._log(record)
 
     def _log(self, record: Record) -> None:

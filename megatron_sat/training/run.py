@@ -2,6 +2,7 @@
 mistakes can be found soonest."""
 
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,9 +54,11 @@ from megatron_sat.training.resume import (
 )
 from megatron_sat.training.run_file import write_run_file
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.stop import Signals, Stopping
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.topology import Topology
 from megatron_sat.training.validation import check_paths, check_sat_layout
+from megatron_sat.training.watchdog import Watchdog
 
 
 def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
@@ -65,7 +68,24 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
     and with nothing written: see :func:`megatron_sat.training.initialize.run`. Returns the trainer
     after its last step; None where ``--auto-resume`` finds all steps done.
     """
-    config = auto_resume(start(argv))
+    started = time.monotonic()
+    with Signals() as signals:
+        config = auto_resume(start(argv))
+        signals.rank = dist.get_rank()
+        stopping = Stopping(
+            signals=signals,
+            exit_interval=config.watch.exit_interval,
+            exit_duration_in_mins=config.watch.exit_duration_in_mins,
+            started=started,
+        )
+        stall = config.watch.hang_timeout_minutes * 60
+        with Watchdog(stall=stall, folder=config.checkpoint.save) as watchdog:
+            return _pretrain(config, stopping, watchdog)
+
+
+def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) -> Trainer | None:
+    """`pretrain`, watched."""
+    watchdog.at("building", slow=True)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     stored: StoredCheckpoint | None = None
     weights: HFWeights | None = None
@@ -202,8 +222,11 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
                 sinks=sinks,
                 display=display,
                 last_saved=stored.folder if stored is not None and resuming else None,
+                stopping=stopping,
+                watchdog=watchdog,
             )
             trainer.train()
+            watchdog.at("closing the logs", slow=True)
         finally:
             sinks.close()
     return trainer

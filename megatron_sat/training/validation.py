@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.watch_arguments import check_watch
 
 
 def check_config(config: TrainingConfig) -> None:
@@ -25,6 +26,7 @@ def check_config(config: TrainingConfig) -> None:
     _check_checkpoint(config)
     _check_train_only(config)
     _check_autotune(config)
+    check_watch(config.watch, save=config.checkpoint.save)
 
 
 def check_world_size(config: TrainingConfig, world_size: int) -> None:
