@@ -46,6 +46,7 @@ from megatron_sat.training.resume import (
     check_save_folder,
     check_settings,
     comparable_losses,
+    continues,
     is_done,
     notes_on_resume,
     set_aside,
@@ -109,6 +110,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
             config,
             padded_vocab=padded_vocab,
             iteration=stored.progress.iteration if stored is not None and resuming else 0,
+            continues=continues(config),
         )
     initialize(config)
     topology = Topology.gather()
