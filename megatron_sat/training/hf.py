@@ -101,8 +101,11 @@ def default_dtype(config: TrainingConfig, source: HFConfig | None) -> HFDtype:
     return "bfloat16"
 
 
-def check_exports(config: TrainingConfig, *, padded_vocab: int, iteration: int) -> None:
-    """Refuse, before any work, exports that could not be written by the run from `iteration` on."""
+def check_exports(
+    config: TrainingConfig, *, padded_vocab: int, iteration: int, continues: bool
+) -> None:
+    """Refuse, before any work, exports that could not be written by the run from `iteration` on.
+    A run that `continues` what lies in its folders leaves later ones of every save behind."""
     checkpoint = config.checkpoint
     if checkpoint.save_hf is None:
         return
@@ -113,6 +116,8 @@ def check_exports(config: TrainingConfig, *, padded_vocab: int, iteration: int) 
     if interval := checkpoint.save_interval:
         steps += range((iteration // interval + 1) * interval, config.train_iters, interval)
     for step in steps:
+        if continues and export_folder(config, step).exists():
+            continue
         plan_export(config, padded_vocab=padded_vocab, iteration=step)
 
 

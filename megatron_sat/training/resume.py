@@ -99,39 +99,58 @@ def is_done(stored: StoredCheckpoint, config: TrainingConfig) -> bool:
     return export_folder(config, iteration).exists()
 
 
+def continues(config: TrainingConfig) -> bool:
+    """Whether the run goes on with what lies in its ``--save`` folder, or begins it anew."""
+    checkpoint = config.checkpoint
+    if _goes_on_in(config):
+        return True
+    if not checkpoint.auto_resume or checkpoint.save is None:
+        return False
+    return _has_steps(Path(checkpoint.save) / METRICS_FILE)
+
+
 def set_aside(stored: StoredCheckpoint | None, config: TrainingConfig) -> list[str]:
     """Give what a start leaves behind in its ``--save`` folder another name, so that nothing takes
     it for a part of this run; what was done, in a line each. On one rank, before the first step.
 
     A run that goes on from one of its checkpoints leaves later ones behind, damaged or not; one
-    that begins anew, the metrics of a run that was killed before its first checkpoint. OSError if
-    the folder cannot be written.
+    that begins anew, the metrics of a run that was killed before its first checkpoint; both, later
+    folders of ``--save-hf-every-save``. OSError if they cannot be renamed.
     """
-    if config.checkpoint.save is None:
+    if config.checkpoint.save is None or not continues(config):
         return []
     save = Path(config.checkpoint.save)
     if stored is None or not _goes_on_in(config):
-        metrics = save / METRICS_FILE
-        if not _has_steps(metrics):
-            return []
-        kept = _free_name(metrics.with_name(f"{_ABANDONED}{METRICS_FILE}"))
-        metrics.rename(kept)
-        return [f"{save} holds no checkpoint: the run begins anew, the metrics so far are {kept}"]
+        kept = _abandon(save / METRICS_FILE)
+        notes = [f"{save} holds no checkpoint: the run begins anew, the metrics so far are {kept}"]
+        return notes + _abandon_exports(config, after=0)
     notes = []
     for folder in list_checkpoints(save):
         if folder.name == stored.folder.name:
             break
-        kept = _free_name(folder.with_name(_ABANDONED + folder.name.removeprefix(REPLACED)))
-        folder.rename(kept)
-        notes.append(f"{folder} is later than this start and left behind, as {kept}")
+        notes.append(f"{folder} is later than this start and left behind, as {_abandon(folder)}")
     if notes:
         write_latest(save / stored.folder.name.removeprefix(REPLACED))
-    return notes
+    return notes + _abandon_exports(config, after=stored.progress.iteration)
 
 
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
-    return next(name for name in itertools.chain([path], names) if not name.exists())
+def _abandon_exports(config: TrainingConfig, *, after: int) -> list[str]:
+    if config.checkpoint.save_hf is None or not config.checkpoint.save_hf_every_save:
+        return []
+    return [
+        f"{folder} is later than this start and left behind, as {_abandon(folder)}"
+        for folder in sorted(Path(config.checkpoint.save_hf).glob("iter_*"))
+        if (number := folder.name.removeprefix("iter_")).isdecimal() and int(number) > after
+    ]
+
+
+def _abandon(path: Path) -> Path:
+    """Rename it, and return how."""
+    first = path.with_name(_ABANDONED + path.name.removeprefix(REPLACED))
+    names = (first.with_name(f"{first.name}.{number}") for number in itertools.count(2))
+    kept = next(name for name in itertools.chain([first], names) if not name.exists())
+    path.rename(kept)
+    return kept
 
 
 def check_settings(stored: StoredCheckpoint, config: TrainingConfig) -> None:

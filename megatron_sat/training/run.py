@@ -47,6 +47,7 @@ from megatron_sat.training.resume import (
     check_save_folder,
     check_settings,
     comparable_losses,
+    continues,
     is_done,
     notes_on_resume,
     set_aside,
@@ -129,6 +130,7 @@ def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) ->
             config,
             padded_vocab=padded_vocab,
             iteration=stored.progress.iteration if stored is not None and resuming else 0,
+            continues=continues(config),
         )
     initialize(config)
     topology = Topology.gather()

@@ -141,6 +141,31 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     assert json.loads((tmp_path / "run-0-4.json").read_text())["iteration"] == 0
 
 
+def test_hugging_face_folders_of_steps_that_are_done_again(tmp_path: Path, tiny_data: Path) -> None:
+    """Their checkpoint may be damaged, or the run was killed before it was written."""
+    save, exports = tmp_path / "save", tmp_path / "exports"
+    flags = f"{RUN}--save-hf {exports} --save-hf-every-save"
+    argv = tiny_run(tiny_data, flags, save=save)
+    train_on_ranks(argv, 1)
+    names = [f"iter_{step:07d}" for step in (2, 4, 6)]
+    assert sorted(path.name for path in exports.iterdir()) == names
+    weights = {name: (exports / name / "model.safetensors").read_bytes() for name in names}
+    for folder, first in (("global_step6", 4), ("global_step*", 0)):
+        for path in save.glob(folder):
+            shutil.rmtree(path)
+        (save / "latest").unlink(missing_ok=True)
+        output, _, steps = run_on_ranks(start, 1, argv)[0]
+        assert steps == 6 - first and "iter_0000006 is later than this start" in output
+        for name in names:
+            assert (exports / name / "model.safetensors").read_bytes() == weights[name]
+    kept = sorted(path.name for path in exports.glob("abandoned-*"))
+    assert kept == [*(f"abandoned-{name}" for name in names), f"abandoned-{names[2]}.2"]
+    # Those that lie where a first start writes are another run's.
+    shutil.rmtree(save)
+    ((code, message),) = run_on_ranks(exit_code, 1, argv)
+    assert code == 2 and "iter_0000006 exists; give a folder that does not" in message
+
+
 def test_a_damaged_checkpoint_is_never_a_reason_to_begin_anew(
     other: Path, tmp_path: Path, tiny_data: Path
 ) -> None:

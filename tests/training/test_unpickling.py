@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed.runtime.fp16.loss_scaler as loss_scaler
 import megatron.core.safe_globals  # noqa: F401  registers classes with torch
+import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -22,7 +23,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.checkpoint.hf_reader import HFReader
 from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import tiny_run, train, train_on_ranks, write_indexed_data
 from megatron_sat.training.manifest import write_manifest
 from megatron_sat.training.search import find_checkpoint
 from megatron_sat.training.tokenizer import HuggingFaceTokenizer
@@ -234,6 +235,23 @@ def test_weights_from_hugging_face_run_no_code(tmp_path: Path, malicious: Any) -
         )
         with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
             HFReader(tmp_path).read("a")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "array of objects", "archive"])
+def test_an_index_cache_runs_no_code(tmp_path: Path, malicious: Any, kind: str) -> None:
+    data = write_indexed_data(tmp_path / "numbers")
+    argv = tiny_run(data, "--train-iters 1 --lr-warmup-iters 0 --eval-iters 0")
+    run_on_ranks(load_at_every_rank, 1, argv)
+    index = next((tmp_path / "index-cache").glob("train-*/*document_index.npy"))
+    if kind == "pickle":
+        index.write_bytes(pickle.dumps(malicious))
+    elif kind == "archive":
+        with index.open("wb") as file:
+            np.savez(file, np.array([malicious], dtype=object))
+    else:
+        np.save(index, np.array([malicious], dtype=object))
+    message = run_on_ranks(load_at_every_rank, 1, argv)[0]
+    assert message.startswith(f"--data-cache-path: the index {index} is "), message
 
 
 CODE = """
