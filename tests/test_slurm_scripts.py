@@ -3,21 +3,19 @@ run in tests/cluster."""
 
 import os
 import re
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.exit_codes import ExitCode
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "examples/slurm"
-# What the script prints is what srun is given; a file named `go` ends it, if it is told to wait.
+# What the script prints is what srun is given.
 SRUN = """#!/bin/sh
 printf '%s\\0' "$@"
-[ -z "$WAIT" ] || { touch "$WAIT/started"; while [ ! -e "$WAIT/go" ]; do sleep 0.02; done; }
 exit "${CODE:-0}"
 """
 SCONTROL = """#!/bin/sh
@@ -76,52 +74,37 @@ def test_ranks_are_tasks_and_flags_are_valid(job, script, tmp_path):
     assert config.model.num_layers == (40 if script == "several_nodes.sh" else 32)
 
 
-def test_a_chain_goes_on_from_its_last_checkpoint(job, tmp_path):
+def test_every_start_of_a_chain_is_the_same_command(job, tmp_path):
     save = tmp_path / "sa ve"
-    save.mkdir()
-    config = parse_args(trainer(job("chain.sh", LOAD="runs/base")), world_size=8)
-    assert config.checkpoint.load == "runs/base" and config.finetune
+    first = trainer(job("chain.sh", "--lr", "1e-4", LOAD="runs/base"))
+    (save / "global_step100").mkdir(parents=True)
     (save / "latest").write_text("global_step100")
-    for restarts in ("0", "1"):
-        argv = trainer(job("chain.sh", LOAD="runs/base", SLURM_RESTART_COUNT=restarts))
-        config = parse_args(argv, world_size=8)
-        assert config.checkpoint.load == str(save) and not config.finetune
+    (save / "metrics.jsonl").write_text("lines")
+    restart = job("chain.sh", "--lr", "1e-4", LOAD="runs/base", SLURM_RESTART_COUNT="2")
+    assert trainer(restart) == first
+    assert (save / "metrics.jsonl").read_text() == "lines"
+    config = parse_args(first, world_size=8)
+    assert config.checkpoint.auto_resume and config.checkpoint.save == str(save)
+    assert config.checkpoint.load == "runs/base" and config.finetune
 
 
-def test_a_chain_stopped_before_its_first_checkpoint_begins_anew(job, tmp_path):
-    save = tmp_path / "sa ve"
-    save.mkdir()
-    metrics = save / "metrics.jsonl"
-    metrics.write_text("lines")
-    assert "--load" not in trainer(job("chain.sh"))
-    assert metrics.exists()  # of another run: the trainer refuses the folder
-    assert "--load" not in trainer(job("chain.sh", SLURM_RESTART_COUNT="2"))
-    assert not metrics.exists()
-    assert (save / "metrics-before-restart-2.jsonl").read_text() == "lines"
+@pytest.mark.parametrize("script", ["pretrain_llama2_7b.sh", "pretrain_multinode.sh"])
+def test_the_scripts_that_train_go_on_by_themselves(script):
+    assert "--auto-resume" in (REPOSITORY / "examples" / script).read_text().split()
 
 
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 20
-    while not file.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("code", [0, 2])
-def test_a_chain_is_requeued_when_its_time_is_nearly_over(job, tmp_path, code):
-    process = job("chain.sh", WAIT=str(tmp_path), CODE=str(code))
-    wait_for(tmp_path / "started", process)
-    process.send_signal(signal.SIGUSR1)
-    wait_for(tmp_path / "calls", process)  # training goes on until SLURM ends it
-    (tmp_path / "go").touch()
+def test_a_run_that_stopped_and_saved_is_requeued(job, tmp_path):
+    process = job("chain.sh", CODE=str(int(ExitCode.STOPPED)))
     output, _ = process.communicate(timeout=20)
-    assert process.returncode == code
+    assert process.returncode == 75
     assert "back to the queue" in output
     assert (tmp_path / "calls").read_text() == "requeue 4711\n"
 
 
-def test_a_run_that_fails_ends_the_chain(job, tmp_path):
-    process = job("chain.sh", CODE="2")
-    process.communicate(timeout=20)
-    assert process.returncode == 2
+@pytest.mark.parametrize("code", [0, 1, 2, 69, 70, 74, 143])
+def test_a_run_that_is_done_or_fails_ends_the_chain(job, tmp_path, code):
+    process = job("chain.sh", CODE=str(code))
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "back to the queue" not in output
     assert not (tmp_path / "calls").exists()

@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="windows at a time (default: %(default)s)")
     add("--dtype", choices=get_args(Dtype), help="default: the stored type; float32 on the CPU")
     add("--output", metavar="FILE", help="write the results as JSON")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that a model's or tokenizer's folder holds (default: off)",
+    )
     return parser
 
 
@@ -134,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             dtype=args.dtype,
             ckpt_step=args.ckpt_step,
+            trust_remote_code=args.trust_remote_code,
             on_document=on_document,
         )
     if first:

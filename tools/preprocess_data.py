@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer-type", choices=get_args(TokenizerType), required=True, help="tokenizer")
     add("--tokenizer-model", help="SentencePiece file or Hugging Face tokenizer folder")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the tokenizer's folder holds (default: off)",
+    )
     add("--vocab-size", type=int, help="vocabulary of NullTokenizer, whose text is token ids")
     add("--append-eod", action="store_true", help="end each document with the end-of-text token")
     add("--strict", action="store_true", help="stop at a bad record instead of leaving it out")
@@ -131,7 +136,12 @@ def main(argv: list[str] | None = None) -> None:
         return preprocess(
             inputs=args.input,
             output_prefix=args.output_prefix,
-            tokenizer=build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size),
+            tokenizer=build_tokenizer(
+                args.tokenizer_type,
+                args.tokenizer_model,
+                args.vocab_size,
+                trust_remote_code=args.trust_remote_code,
+            ),
             json_keys=args.json_keys,
             text_documents=args.text_documents,
             strict=args.strict,

@@ -6,13 +6,17 @@
 #
 # SCRIPT is what trains (default: examples/pretrain_llama2_7b.sh); variables and flags are its own.
 #
-# A checkpoint is written every --save-interval steps and at the end. Nothing is saved when the job
-# is stopped: the steps since the last checkpoint are done again, and the run is then the one that
-# was never stopped. Choose an interval that you can afford to lose each time.
+# A checkpoint is written every --save-interval steps and at the end, and when the job is stopped:
+# SLURM sends SIGUSR1 to the ranks 5 minutes before its time is over, SIGTERM when it is preempted.
+# They finish their step, save, and end with code 75, and the next start is the run that was never
+# stopped. Where that takes longer than SLURM waits (KillWait, 30 s by default, at a preemption), or
+# a node fails, the steps since the last checkpoint are done again: choose an interval that you can
+# afford to lose. Every start is the same command: --auto-resume finds the last complete checkpoint in
+# SAVE, or begins (LOAD) where there is none.
 #
-# The job is requeued 2 minutes before its time is over, by this script; when it is preempted (where
-# the cluster preempts with PreemptMode=REQUEUE) or a node fails, by SLURM. A run that ends with an
-# error ends the chain. To end it yourself: scancel.
+# The job is requeued by this script when the ranks have ended with 75; when it is preempted (where
+# the cluster preempts with PreemptMode=REQUEUE) or a node fails, by SLURM. Any other code is an
+# error, and ends the chain. To end it yourself: scancel.
 #SBATCH --job-name=sat-chain
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -21,39 +25,20 @@
 #SBATCH --mem=0
 #SBATCH --time=08:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=USR1@300
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 set -euo pipefail
 
 : "${SAVE:?the folder of checkpoints, by which the chain finds where it was}"
-restarts=${SLURM_RESTART_COUNT:-0}
-resume=()
-if [[ -e $SAVE/latest ]]; then
-    resume=(--load "$SAVE")
-    unset LOAD # where the chain began
-elif ((restarts > 0)) && [[ -e $SAVE/metrics.jsonl ]]; then
-    # Stopped before the first checkpoint: begins anew, and keeps what there was to see.
-    mv "$SAVE/metrics.jsonl" "$SAVE/metrics-before-restart-$restarts.jsonl"
-fi
-
-requeue() {
-    echo "chain.sh: time is nearly over; back to the queue, to go on from $SAVE/latest"
-    scontrol requeue "$SLURM_JOB_ID"
-}
-trap requeue USR1
 
 # Since SLURM 22.05 srun does not take it from the job.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export LAUNCHER="srun --kill-on-bad-exit=1 python"
-# In the background, as bash acts on a signal only between commands.
-"${SCRIPT:-examples/pretrain_llama2_7b.sh}" "$@" ${resume[@]+"${resume[@]}"} &
-training=$!
 code=0
-wait "$training" || code=$?
-if ((code > 128)) && kill -0 "$training" 2>/dev/null; then
-    # The signal ended `wait`, not the training: that goes on until SLURM ends it.
-    code=0
-    wait "$training" || code=$?
+"${SCRIPT:-examples/pretrain_llama2_7b.sh}" --auto-resume "$@" || code=$?
+if ((code == 75)); then
+    echo "chain.sh: stopped and saved; back to the queue, to go on from $SAVE"
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -228,7 +228,7 @@ class _RankSet:
 
     def _timeout_error(self, waiting: list[int], timeout: float) -> TimeoutError:
         for rank in waiting:
-            os.kill(self._pids[rank], signal.SIGUSR1)  # has it write where it is to its log
+            os.kill(self._pids[rank], signal.SIGUSR2)  # has it write where it is to its log
         time.sleep(0.3)
         lines = [f"ranks {waiting} of {len(self._connections)} did not answer in {timeout:g} s"]
         for rank in waiting:

@@ -93,40 +93,73 @@ def _answer_request(control: socket.socket, device: str) -> bool:
                 for other in fds:
                     if other != fd:
                         os.close(other)
-                _rank_main(fd, rank, request["fork"], device, request)
+                main = _process_main if "function" in request else _rank_main
+                main(fd, rank, request["fork"], device, request)
             pids.append(pid)
         for fd in fds:
             os.close(fd)
         reply: dict[str, Any] = {"pids": pids}
+    elif "ended" in request:
+        reply = {"codes": [_exit_code(pid) for pid in request["ended"]]}
     else:
         for pid in request["kill"]:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # asked for its code
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
         reply = {"killed": request["kill"]}
     control.send(json.dumps(reply).encode())
     return True
 
 
+def _exit_code(pid: int) -> int | None:
+    """Of a process that has ended, minus the number of a signal; None of one that has not."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _become(rank: int, world_size: int, request: dict[str, Any]) -> int:
+    """Make this process a rank: environment and output; returns the log's descriptor."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    log_fd = os.open(f"{request['directory']}/rank{rank}.log", os.O_CREAT | os.O_WRONLY)
+    for standard in (1, 2):
+        os.dup2(log_fd, standard)
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True)
+    faulthandler.enable(sys.stderr)
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(request["port"]),
+    )
+    return log_fd
+
+
+def _process_main(
+    fd: int, rank: int, world_size: int, device: str, request: dict[str, Any]
+) -> None:
+    """The whole life of a process that runs one function and ends with its exit code."""
+    code = 1
+    try:
+        _become(rank, world_size, request)
+        os.close(fd)
+        case = request["function"]
+        function = _resolve(case["module"], case["path"], case["qualname"])
+        code = int(function(*request["arguments"]) or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 def _rank_main(fd: int, rank: int, world_size: int, device: str, request: dict[str, Any]) -> None:
     """A rank's whole life: answer cases until the connection closes. Never returns."""
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        log_fd = os.open(f"{request['directory']}/rank{rank}.log", os.O_CREAT | os.O_WRONLY)
-        for standard in (1, 2):
-            os.dup2(log_fd, standard)
-        for stream in (sys.stdout, sys.stderr):
-            assert isinstance(stream, io.TextIOWrapper)
-            stream.reconfigure(line_buffering=True)
-        faulthandler.enable(sys.stderr)
-        faulthandler.register(signal.SIGUSR1, file=sys.stderr)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(request["port"]),
-        )
+        log_fd = _become(rank, world_size, request)
         connection = Connection(fd)
         layout = _Layout(rank, world_size, device, request["directory"])
         with contextlib.suppress(EOFError):
@@ -207,7 +240,7 @@ class _Layout:
         if self._device == "cuda":
             torch.cuda.set_device(self._rank)
         dist.init_process_group(
-            backend,
+            "cpu:gloo,cuda:nccl" if self._device == "cuda" else backend,  # as the trainer's
             store=dist.FileStore(f"{self._directory}/store{number}", self._world_size),
             rank=self._rank,
             world_size=self._world_size,

@@ -16,6 +16,7 @@ from megatron_sat.training.config import (
     ParallelConfig,
     TokenizerType,
     TrainingConfig,
+    WatchConfig,
 )
 from megatron_sat.training.deepspeed_config import read_json, settle, settle_batch_sizes
 from megatron_sat.training.flags import build_parser
@@ -57,6 +58,7 @@ def parse_args(
         data=_data_config(args),
         checkpoint=_pick(CheckpointConfig, args),
         logging=_logging_config(args),
+        watch=_pick(WatchConfig, args),
         sat=sat_config_from_args(args),
         sat_autotune=args.sat_autotune,
         override_sat_schedule=args.override_sat_schedule,

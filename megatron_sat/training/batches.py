@@ -16,6 +16,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from megatron_sat.training.stop import ignore_signals
+
 Dataset: TypeAlias = GPTDataset | BlendedDataset
 """A data set of `training.data.build_datasets`."""
 
@@ -133,6 +135,7 @@ def _load(
         # A loader draws a seed when it starts. From its own generator, so that evaluations and
         # restarts leave the random state of the training alone.
         generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
     )
 
 

@@ -171,6 +171,9 @@ class DataConfig:
     """Kind of tokenizer."""
     tokenizer_model: str | None = None
     """SentencePiece file, or Hugging Face tokenizer folder; None for NullTokenizer."""
+    trust_remote_code: bool = False
+    """Run the code that a Hugging Face tokenizer comes with. What a checkpoint says of it is never
+    followed."""
     reset_position_ids: bool = False
     """Positions start anew after each end of document."""
     reset_attention_mask: bool = False
@@ -194,8 +197,18 @@ class CheckpointConfig:
     """Folder for checkpoints and `metrics.jsonl`."""
     load: str | None = None
     """Folder of a checkpoint to go on from."""
+    auto_resume: bool = False
+    """Go on from `save` where it holds a checkpoint, whatever else says how to start."""
     save_interval: int | None = None
     """Iterations between checkpoints; None saves at the end only."""
+    async_save: bool = False
+    """Train on while files are written, from a copy in host memory."""
+    keep_last: int | None = None
+    """How many of the newest checkpoints stay; None keeps all."""
+    keep_every: int | None = None
+    """Checkpoints of iterations that are multiples of it stay too."""
+    max_save_failures: int = 3
+    """Saves in a row that fail before the run stops."""
     ckpt_step: int | None = None
     """Iteration of the checkpoint to load (default: the latest)."""
     no_load_optim: bool = False
@@ -227,6 +240,26 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """When a run stops early, and what it does not put up with."""
+
+    exit_interval: int | None = None
+    """Save and stop after every so many iterations."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after so many minutes."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because something was not finite."""
+    loss_spike_threshold: float | None = None
+    """Deviations above the running median from which on a loss is a spike; None looks for none."""
+    rollback_on_spike: bool = False
+    """Go back to the last checkpoint's weights after a spike, and leave out its data."""
+    check_weight_hash_across_dp_replicas_interval: int = 500
+    """Iterations between comparisons of what ranks hold copies of; 0 for none."""
+    hang_timeout_minutes: float = 5.0
+    """How long a rank may stay in one place of a step; 0 for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Everything a run is told. `arguments.parse_args` has resolved all defaults."""
 
@@ -236,6 +269,7 @@ class TrainingConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    watch: WatchConfig = field(default_factory=WatchConfig)
     sat: SATConfig | None = None
     """Sparsity-accelerated training; None trains dense."""
     sat_autotune: str | None = None

@@ -120,7 +120,7 @@ def build_datasets(
     Raises ValueError (with several ranks `RanksStopped`, on all of them) that names the flag and
     the file: files that are missing, truncated or not a data set, bad blend weights, token ids
     beyond the vocabulary, fewer tokens than one sample takes, a cache folder that cannot be
-    written.
+    written or holds something else than arrays.
     """
     with ranks_agree("checking the data"):
         if samples is None:
@@ -143,6 +143,7 @@ def build_datasets(
                     f"--data-cache-path: the index {folder}, which rank 0 wrote, is not there on "
                     f"rank {dist.get_rank()}; give a folder that all nodes share"
                 )
+            _check_cache(folder)
         datasets = {
             name: _construct(source, _gpt_config(source, config, tokenizer, caches[name]))
             for name, source in sources.items()
@@ -329,6 +330,20 @@ def _cache_folder(source: _Source, config: TrainingConfig, tokenizer: Tokenizer)
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
     root = config.data.data_cache_path or Path(source.parts[0].prefix).parent / "index-cache"
     return Path(root) / f"{source.split.name}-{digest.hexdigest()}"
+
+
+def _check_cache(folder: Path) -> None:
+    """Refuse what is no array of numbers: Megatron-core has numpy unpickle such a file, which calls
+    whatever the file names."""
+    for path in sorted(folder.glob("*.npy")):
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"--data-cache-path: the index {path} is damaged ({error}); remove its folder"
+            ) from error
+        if not isinstance(found, np.ndarray):
+            raise ValueError(f"--data-cache-path: the index {path} is no array; remove its folder")
 
 
 def _write_cache(

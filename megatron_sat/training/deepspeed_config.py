@@ -24,6 +24,8 @@ OWNED_SECTIONS = {
 NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
 LARGEST_BUCKET = 200_000_000
 SMALLEST_BUCKET = 1_000_000
+# What has steps skipped whose gradients are not finite.
+_CHECKS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
 LARGEST_PACKED_GRADIENT = 4_000_000  # elements; at ZeRO stage 3
 
 
@@ -39,7 +41,8 @@ def read_json(path: str) -> dict[str, Any]:
     """The user's JSON at `path`.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON object, or has a section that flags own.
+        ValueError: the file cannot be read, is no JSON object, holds a secret, or has a section
+            that flags own.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -56,12 +59,27 @@ def read_json(path: str) -> dict[str, Any]:
                 f'--deepspeed_config {path}: the section "{section}" is not used here; '
                 f"remove it and use {flags}"
             )
+    if (secret := _api_key(user)) is not None:
+        raise ValueError(
+            f'--deepspeed_config {path}: "{secret}" is a secret, which DeepSpeed prints with its '
+            "settings; remove it, and give it in the environment, as COMET_API_KEY"
+        )
     if json_value(user, "fp16.enabled"):
         raise ValueError(
             f'--deepspeed_config {path}: "fp16.enabled" is true; fp16 is not supported, '
             "valid are --bf16 and float32 (without it)"
         )
     return user
+
+
+def _api_key(section: Mapping[str, Any], path: str = "") -> str | None:
+    """The dotted path of a key that is filled in."""
+    for name, value in section.items():
+        if name == "api_key" and value:
+            return f"{path}{name}"
+        if isinstance(value, Mapping) and (found := _api_key(value, f"{path}{name}.")) is not None:
+            return found
+    return None
 
 
 def json_value(user: Mapping[str, Any], field: str) -> Any:
@@ -177,6 +195,12 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
     for field, value in _defaults(config).items():
         _put(result, field, value, overwrite=False)
     _refuse_auto(result, "")
+    for field in _CHECKS:
+        if json_value(result, field) is False:
+            raise ValueError(
+                f'"{field}" in --deepspeed_config is false; valid: true, or a step whose gradients '
+                "are not finite would reach the weights"
+            )
     for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = json_value(result, f"zero_optimization.{section}.device")
         if device not in (None, "none") and stage < least:

@@ -22,18 +22,21 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_sat.cpu import enable_cpu_path
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.exit_codes import ExitCode, RunEnded
 from megatron_sat.training.launch import Launch
 
 
-class RanksStopped(RuntimeError):
+class RanksStopped(RunEnded):
     """Raised on all ranks when at least one of them failed in `ranks_agree`.
 
-    `by_user` tells a mistake of the user's (ValueError, OSError) from a fault of the program.
+    `by_user` tells a mistake of the user's (ValueError, OSError) from a fault of the program,
+    `by_disk` an OSError from the rest.
     """
 
-    def __init__(self, message: str, *, by_user: bool) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, by_user: bool, by_disk: bool = False) -> None:
+        super().__init__(message, ExitCode.MISTAKE if by_user else ExitCode.FAULT)
         self.by_user = by_user
+        self.by_disk = by_disk
 
 
 class ModelParallelUnit:
@@ -167,7 +170,10 @@ def ranks_agree(doing: str) -> Iterator[None]:
         if failure is not None:
             raise failure
         return
-    report = None if failure is None else (_by_user(failure), str(failure), type(failure).__name__)
+    report = None
+    if failure is not None:
+        by_disk = isinstance(failure, OSError)
+        report = (_by_user(failure), str(failure), type(failure).__name__, by_disk)
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, report)
     failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
@@ -176,41 +182,45 @@ def ranks_agree(doing: str) -> Iterator[None]:
     if failure is not None and not _by_user(failure):
         raise failure
     # A fault of the program on any rank matters more than what a user could mend.
-    rank, (by_user, message, kind) = min(failed, key=lambda item: (item[1][0], item[0]))
+    rank, (by_user, message, kind, by_disk) = min(failed, key=lambda item: (item[1][0], item[0]))
     if not by_user:
         message = f"rank {rank} failed while {doing}: {kind}: {message}"
-    raise RanksStopped(message, by_user=by_user) from failure
+    raise RanksStopped(message, by_user=by_user, by_disk=by_disk) from failure
 
 
 def run(main: Callable[[], object]) -> int:
-    """Call `main` and return the exit code: 0; or 2 for a user's mistake, of which rank 0 prints
-    one line, `error: ...`. Other exceptions are raised."""
+    """Call `main` and return the exit code, an `ExitCode`.
+
+    Where all ranks end together (`RunEnded`) or the user made a mistake, rank 0 prints one line;
+    other exceptions are raised.
+    """
     try:
         main()
-        return 0
-    except RanksStopped as error:
-        if not error.by_user:
+        return ExitCode.DONE
+    except RunEnded as error:
+        if error.code == ExitCode.FAULT:
             raise
-        _report(error)
-        return 2
+        report_error(str(error), kind="stopped" if error.code == ExitCode.STOPPED else "error")
+        return error.code
     except ValueError as error:
         if dist.is_initialized():
             # Outside of `ranks_agree` others may not know of it, and it may be the program's.
             raise
-        _report(error)
-        return 2
+        report_error(str(error))
+        return ExitCode.MISTAKE
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees an exit
             dist.destroy_process_group()
 
 
-def _report(error: Exception) -> None:
-    message = f"error: {error}"
-    if not dist.is_initialized() or dist.get_rank() == 0:
+def report_error(message: str, *, kind: str = "error", by_all: bool = False) -> None:
+    """Print why the run ends, on rank 0 (or `by_all`), and tell torchrun."""
+    message = f"{kind}: {message}"
+    if by_all or not dist.is_initialized() or dist.get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is not None:
+    if path:
         # torchrun ends with a traceback of its own, and below it shows what it finds here. The
         # format is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
         reply = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}

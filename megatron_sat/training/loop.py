@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,23 +16,44 @@ from megatron_sat.communication import check_equal_subsets
 from megatron_sat.flops import ModelShape, training_flops
 from megatron_sat.state import SATState
 from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
-from megatron_sat.training.checkpoint import Progress, save_checkpoint
+from megatron_sat.training.checkpoint import Progress
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Datasets
 from megatron_sat.training.display import Display
-from megatron_sat.training.gradients import discard_gradients, gradient_norm
+from megatron_sat.training.gradients import (
+    discard_gradients,
+    forget_skipped_gradients,
+    gradient_norm,
+)
 from megatron_sat.training.hf import export, plan_export
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.meter import IntervalMeter
-from megatron_sat.training.metrics import EvalRecord, MetricsSinks, TrainRecord
+from megatron_sat.training.metrics import EvalRecord, MetricsSinks, SpikeRecord, TrainRecord
+from megatron_sat.training.replicas import check_replicas
+from megatron_sat.training.rollback import roll_back, snapshot_folder, write_spike
+from megatron_sat.training.saving import CheckpointSaver
+from megatron_sat.training.stop import Stopped, Stopping
+from megatron_sat.training.watch import (
+    MOST_ROLLBACKS,
+    NonFiniteGradients,
+    SkippedSteps,
+    Spike,
+    SpikeDetector,
+    WrongNumbers,
+    check_finite_parameters,
+    loss_denominator,
+    mean_loss,
+)
+from megatron_sat.training.watchdog import Watchdog
 
 
 class Trainer:
     """One training run, from where ``progress`` stands to ``config.train_iters``.
 
     ``engine`` is DeepSpeed's, around a model of :func:`megatron_sat.training.model.build_model`
-    whose layers share ``state``. All ranks make one and call :meth:`train`.
+    whose layers share ``state``. All ranks make one and call :meth:`train`. By default nothing
+    stops it early and nobody watches for hangs.
     """
 
     def __init__(
@@ -45,6 +68,9 @@ class Trainer:
         padded_vocab_size: int,
         sinks: MetricsSinks,
         display: Display,
+        last_saved: Path | None = None,
+        stopping: Stopping | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -65,6 +91,20 @@ class Trainer:
         if self._checks_gradients:
             engine.optimizer.register_step_pre_hook(self._before_optimizer)
         self._gradient_norm: Tensor | float | None = None
+        self._stopping = Stopping() if stopping is None else stopping
+        self._watchdog = Watchdog() if watchdog is None else watchdog
+        self._stops: str | None = None
+        self._is_first_step = True
+        self._step_losses: list[tuple[Tensor, Tensor]] = []
+        self._gradients = NonFiniteGradients(engine)
+        self._skips = SkippedSteps(most=config.watch.max_skipped_steps, gradients=self._gradients)
+        self._spikes: SpikeDetector | None = None
+        if config.watch.loss_spike_threshold is not None:
+            self._spikes = SpikeDetector(
+                config.watch.loss_spike_threshold, losses=progress.recent_losses
+            )
+        self._spike: Spike | None = None
+        self._rolled_back_to: list[Path] = []
         self._meter = IntervalMeter(
             device=self._device,
             data_parallel_group=self._data_parallel_group,
@@ -72,47 +112,100 @@ class Trainer:
             tokens=progress.consumed_tokens,
             skipped_steps=progress.skipped_steps,
         )
+        self._saver = CheckpointSaver(engine, config, say=display.message, last_saved=last_saved)
+
+    @property
+    def last_saved(self) -> Path | None:
+        """The last complete checkpoint of this run, or the one that it went on from."""
+        return self._saver.last_saved
 
     def train(self) -> None:
-        """Run all steps that are left, evaluating, logging and saving on the way."""
+        """Run all steps that are left, evaluating, logging and saving on the way.
+
+        Stopped, after saving, where the run is to end early; WrongNumbers where it must; RunEnded
+        where saving fails too often. All of them on all ranks.
+        """
+        with self._saver:
+            self._train()
+
+    def _train(self) -> None:
         config = self.config
+        self._stopping.training_begins()
         if self.iteration == 0:
             self.evaluate()
+            self._stop_if(self._stopping.ask(0))
         if self.iteration >= config.train_iters and config.checkpoint.save_hf is not None:
-            self._save_hf()  # of a run that was complete without it
+            self._save_hf(last=True)  # of a run that was complete without it
         self.engine.train()
         batches = self._train_batches()
         self._meter.start()
         while self.iteration < config.train_iters:
             self.train_step(batches)
+            stops, self._stops = self._stops, None
             self.display.step(self.iteration)
+            self.poll_saving()
             is_last = self.iteration == config.train_iters
             interval = config.checkpoint.save_interval
             saves = is_last or (interval is not None and self.iteration % interval == 0)
             # A save ends the interval too: what a resumed run reports is what this one does.
-            if saves or self.iteration % config.logging.log_interval == 0:
+            logs = saves or stops or self.iteration % config.logging.log_interval == 0
+            if logs:
                 self.log()
+            if self._spike is not None:
+                with self._meter.paused():
+                    self._meet_spike(self._spike)
+                self._spike = None
             if is_last or self.iteration % config.eval_interval == 0:
                 with self._meter.paused():
                     self.evaluate()
-            if saves:
+                stops = stops or self._stopping.ask(self.iteration)
+                if stops and not logs:
+                    self.log()
+            if saves or stops:
                 with self._meter.paused():
-                    self.save()
+                    self.save(last=is_last or stops is not None)
+                stops = stops or self._stopping.ask(self.iteration)
+            if not is_last:
+                self._stop_if(stops)
+
+    def _stop_if(self, reason: str | None) -> None:
+        if reason is None:
+            return
+        self.finish_saving(last=True)
+        saved = f"{self.last_saved} is its last checkpoint"
+        if self.config.checkpoint.save is None:
+            saved = "nothing is saved without --save"
+        elif self.last_saved is None:
+            saved = "there was nothing to save yet"
+        raise Stopped(f"{reason} after iteration {self.iteration}; {saved}")
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over all its micro-batches."""
         config, engine = self.config, self.engine
         self.learning_rate.set_iteration(self.iteration)
         self.state.begin_step(self.iteration + 1)
+        self._step_losses.clear()
+        compiles, self._is_first_step = self._is_first_step, False
         for index in range(engine.gradient_accumulation_steps()):
+            self._watchdog.at("loading a batch", iteration=self.iteration + 1, slow=compiles)
             batch = next(batches).to(self._device)
             self.state.begin_micro_batch(index, batch.token_mask)
+            self._watchdog.at("the forward pass", slow=compiles)
             loss_sum, count = self._loss(batch)
             self._meter.add_loss(loss_sum, count)
-            engine.backward(loss_sum / count.clamp(min=1.0))
-            if engine.is_gradient_accumulation_boundary() and self._checks_gradients:
-                self._gradient_norm = gradient_norm(engine.module)
+            self._step_losses.append((loss_sum.detach(), count))
+            self._watchdog.at("the backward pass", slow=compiles)
+            engine.backward(loss_sum / loss_denominator(loss_sum, count))
+            if engine.is_gradient_accumulation_boundary():
+                self._watchdog.at("the optimizer's step", slow=compiles)
+                self._stopping.begin()
+                if self._checks_gradients:
+                    self._gradient_norm = gradient_norm(engine.module)
+                    if not self._gradients_are_finite():
+                        self._gradients.look()  # before they are clipped by what is not finite
+                self._saver.before_update()
             engine.step()
+        self._stops = self._stopping.answer(self.iteration + 1)
         if self._checks_gradients:
             skipped = not self._gradients_are_finite()
         else:
@@ -127,6 +220,77 @@ class Trainer:
             dense_flops=self._flops(tokens, 0.0),
             skipped=skipped,
         )
+        self._look_at_numbers(skipped=skipped)
+
+    def _look_at_numbers(self, *, skipped: bool) -> None:
+        """After a step: whether it was skipped, jumped, or left ranks with different copies."""
+        watch = self.config.watch
+        self._watchdog.at("looking at the numbers")
+        if skipped:
+            forget_skipped_gradients(self.engine.optimizer)
+            losses = [loss for loss, _ in self._step_losses]
+            self.display.message(
+                " " + self._skips.skipped(self.iteration, losses, last_saved=self.last_saved)
+            )
+        else:
+            self._skips.applied()
+        interval = watch.check_weight_hash_across_dp_replicas_interval
+        if interval and self.iteration % interval == 0:
+            check_replicas(self.engine.module, iteration=self.iteration, last_saved=self.last_saved)
+        if self._spikes is not None and not skipped:
+            loss = mean_loss(*zip(*self._step_losses, strict=True))
+            self._spike = self._spikes.add(loss)
+
+    def _meet_spike(self, spike: Spike) -> None:
+        """Save a snapshot and, if asked, go back to the last checkpoint. Collective."""
+        assert self._spikes is not None
+        self._watchdog.at("saving a snapshot of a loss spike", slow=True)
+        record = SpikeRecord(
+            iteration=self.iteration,
+            samples=(self.consumed_samples - self.config.global_batch_size, self.consumed_samples),
+            rolled_back_to=None,
+            **asdict(spike),
+        )
+        message = (
+            f" loss spike in iteration {self.iteration}: {spike.loss:.4f}, where the median was "
+            f"{spike.median:.4f} and the deviation {spike.deviation:.4f}"
+        )
+        self.finish_saving()
+        if (folder := snapshot_folder(self.config, self.iteration)) is not None:
+            write_spike(
+                folder, record, losses=list(self._spikes.losses)[:-1], lr=self.learning_rate.lr
+            )
+            self.save_snapshot(folder)
+            message += f"; snapshot in {folder}"
+        if self.config.watch.rollback_on_spike:
+            back = self._roll_back(message)
+            record = replace(record, rolled_back_to=back)
+            if back is None:
+                message += "; there is no checkpoint of these ranks to go back to"
+            else:
+                self._spikes.forget_last()
+                message += f"; going on with the parameters of iteration {back}"
+        self.sinks.log_spike(record)
+        self.display.message(message)
+
+    def _roll_back(self, why: str) -> int | None:
+        if self.last_saved is None:
+            return None
+        if self._rolled_back_to.count(self.last_saved) == MOST_ROLLBACKS:
+            raise WrongNumbers(
+                f"{why.strip()}, after {MOST_ROLLBACKS} rollbacks to one checkpoint",
+                last_saved=self.last_saved,
+            )
+        back = roll_back(self.engine, self.last_saved, config=self.config, state=self.state)
+        if back is not None:
+            self._rolled_back_to.append(self.last_saved)
+            # They count the run's steps, which go on.
+            self.engine.global_steps = self.iteration
+            self.engine.global_samples = self.consumed_samples
+            self.engine.skipped_steps = self._meter.skipped_steps
+            self.learning_rate.set_iteration(self.iteration - 1)
+            self.state.begin_step(self.iteration)
+        return back
 
     def _gradients_are_finite(self) -> bool:
         return self._gradient_norm is not None and math.isfinite(float(self._gradient_norm))
@@ -159,6 +323,7 @@ class Trainer:
 
     def log(self) -> None:
         """Record the interval that ends here. Collective."""
+        self._watchdog.at("logging")
         norm = self._gradient_norm
         checksum = self.state.checksum()
         check_equal_subsets(checksum, iteration=self.iteration)
@@ -203,44 +368,73 @@ class Trainer:
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
         ):
+            self._watchdog.at("evaluating", slow=True)
             loss_sum, count = self._loss(batch.to(self._device))
             total += torch.stack((loss_sum.double(), count.double()))
         dist.all_reduce(total, group=self._data_parallel_group)
         loss_sum, count = total.tolist()
         return loss_sum / count if count else math.nan
 
-    def save(self) -> None:
-        """Write a checkpoint and a Hugging Face folder, where there is a place for them.
-        Collective."""
-        if self.config.checkpoint.save is not None:
-            self._save_checkpoint()
-        if self.config.checkpoint.save_hf is not None:
-            self._save_hf()
+    def save(self, *, last: bool = False) -> None:
+        """Save a checkpoint and a Hugging Face folder, where there is a place for them. Collective.
 
-    def _save_checkpoint(self) -> None:
-        folder = save_checkpoint(
-            self.engine,
-            config=self.config,
+        With ``--async-save`` the checkpoint's files are still being written when this returns,
+        unless it is the ``last`` save of the run. RunEnded, on all ranks, where saving has failed
+        once too often; at all, with ``last``.
+        """
+        self._watchdog.at("saving", slow=True)
+        check_finite_parameters(
+            self.engine.module, iteration=self.iteration, last_saved=self.last_saved
+        )
+        checkpoint = self.config.checkpoint
+        if checkpoint.save is not None:
+            self._start_saving()
+            if last or not checkpoint.async_save:
+                self.finish_saving(last=last)
+        complete = self.iteration >= self.config.train_iters
+        if checkpoint.save_hf is not None and (complete or checkpoint.save_hf_every_save):
+            self._save_hf(last=last)
+
+    def save_snapshot(self, folder: Path) -> None:
+        """Save a checkpoint in another ``folder`` than ``--save``, and wait for it. Collective. It
+        is not `last_saved`. RunEnded as :meth:`save`."""
+        self._start_saving(snapshot_in=folder)
+        self.finish_saving()
+
+    def _start_saving(self, *, snapshot_in: Path | None = None) -> None:
+        self._saver.start(
             progress=self.progress,
             state=self.state,
             scheduler_state=self.learning_rate.state_dict(),
             padded_vocab_size=self.padded_vocab_size,
             data=self.datasets.described,
+            snapshot_in=snapshot_in,
         )
-        self.display.message(f" saved {folder}")
 
-    def _save_hf(self) -> None:
+    def poll_saving(self) -> None:
+        """Go on with a checkpoint that is being written, without waiting for it. Collective, after
+        every step. RunEnded as :meth:`save`."""
+        self._saver.poll()
+
+    def finish_saving(self, *, last: bool = False) -> None:
+        """Wait for a checkpoint that is still being written. Collective.
+
+        RunEnded as :meth:`save`; ``last``: no other save follows.
+        """
+        self._watchdog.at("waiting for a checkpoint to be written", slow=True)
+        self._saver.finish(last=last)
+
+    def _save_hf(self, *, last: bool) -> None:
         every_save = self.config.checkpoint.save_hf_every_save
-        if not every_save and self.iteration < self.config.train_iters:
-            return
-        with ranks_agree("planning the Hugging Face folder"):
-            plan = plan_export(
-                self.config,
-                padded_vocab=self.padded_vocab_size,
-                iteration=self.iteration if every_save else None,
-            )
-        export(self.engine, plan)
-        self.display.message(f" saved {plan.target}")
+        with self._saver.counted("Hugging Face folder", last=last):
+            with ranks_agree("planning the Hugging Face folder"):
+                plan = plan_export(
+                    self.config,
+                    padded_vocab=self.padded_vocab_size,
+                    iteration=self.iteration if every_save else None,
+                )
+            export(self.engine, plan)
+            self.display.message(f" saved {plan.target}")
 
     @property
     def progress(self) -> Progress:
@@ -251,6 +445,7 @@ class Trainer:
             consumed_tokens=self._meter.tokens,
             skipped_steps=self._meter.skipped_steps,
             first_validation_losses=self._first_validation_losses,
+            recent_losses=[] if self._spikes is None else list(self._spikes.losses),
         )
 
     def _train_batches(self) -> Iterator[Batch]:

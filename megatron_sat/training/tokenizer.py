@@ -7,7 +7,8 @@ and `unique_identifiers`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,9 +93,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A folder for `transformers.AutoTokenizer`. Nothing is fetched, none of its code is run."""
+    """A folder for `transformers.AutoTokenizer`. Nothing is fetched, and code that the folder holds
+    is run only with `trust_remote_code`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, trust_remote_code: bool = False) -> None:
         if not Path(path).is_dir():
             what = "is a file" if Path(path).is_file() else "does not exist"
             raise ValueError(
@@ -105,10 +107,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
+                path, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # transformers raises whatever the broken file provokes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"--tokenizer-model: {path} comes with Python code of its own; give "
+                    "--trust-remote-code to run it, if you trust it"
+                ) from error
             raise ValueError(
                 f"--tokenizer-model: {path} is not the folder of a Hugging Face tokenizer "
                 f"({reason})"
@@ -159,12 +166,17 @@ class NullTokenizer(Tokenizer):
 
 
 def build_tokenizer(
-    tokenizer_type: TokenizerType, tokenizer_model: str | None, vocab_size: int | None = None
+    tokenizer_type: TokenizerType,
+    tokenizer_model: str | None,
+    vocab_size: int | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Tokenizer:
     """Make the tokenizer of `--tokenizer-type` from `--tokenizer-model`.
 
     `vocab_size` is `--vocab-size`, the model's vocabulary before padding: a NullTokenizer has
-    exactly so many ids, any other tokenizer must fit into it.
+    exactly so many ids, any other tokenizer must fit into it. `trust_remote_code` lets a Hugging
+    Face folder run code of its own.
 
     Raises ValueError that names the flag and the file: a missing file, one that is not a
     tokenizer, a tokenizer without an end-of-sequence token or larger than `vocab_size`.
@@ -173,9 +185,9 @@ def build_tokenizer(
         if vocab_size is None or vocab_size < 1:
             raise ValueError(f"--tokenizer-type NullTokenizer needs --vocab-size; got {vocab_size}")
         return NullTokenizer(vocab_size)
-    classes: dict[str, type[SentencePieceTokenizer | HuggingFaceTokenizer]] = {
+    classes: dict[str, Callable[[str], Tokenizer]] = {
         "SentencePieceTokenizer": SentencePieceTokenizer,
-        "HuggingFaceTokenizer": HuggingFaceTokenizer,
+        "HuggingFaceTokenizer": partial(HuggingFaceTokenizer, trust_remote_code=trust_remote_code),
     }
     if tokenizer_type not in classes:
         raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.watch_arguments import check_watch
 
 
 def check_config(config: TrainingConfig) -> None:
@@ -25,6 +26,7 @@ def check_config(config: TrainingConfig) -> None:
     _check_checkpoint(config)
     _check_train_only(config)
     _check_autotune(config)
+    check_watch(config.watch, save=config.checkpoint.save)
 
 
 def check_world_size(config: TrainingConfig, world_size: int) -> None:
@@ -333,11 +335,28 @@ def _check_data(config: TrainingConfig) -> None:
 def _check_checkpoint(config: TrainingConfig) -> None:
     checkpoint = config.checkpoint
     _at_least("--save-interval", checkpoint.save_interval, 1)
+    _at_least("--keep-last", checkpoint.keep_last, 1)
+    _at_least("--keep-every", checkpoint.keep_every, 1)
+    _at_least("--max-save-failures", checkpoint.max_save_failures, 1)
     _at_least("--ckpt-step", checkpoint.ckpt_step, 0)
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        raise ValueError("--save-interval needs --save, the directory for checkpoints")
-    if checkpoint.save_hf_every_save and not checkpoint.save:
-        raise ValueError("--save-hf-every-save needs --save, the directory for checkpoints")
+    for flag, needs_save in (
+        ("--save-interval", checkpoint.save_interval is not None),
+        ("--async-save", checkpoint.async_save),
+        ("--keep-last", checkpoint.keep_last is not None),
+        ("--keep-every", checkpoint.keep_every is not None),
+        ("--save-hf-every-save", checkpoint.save_hf_every_save),
+    ):
+        if needs_save and checkpoint.save is None:
+            raise ValueError(f"{flag} needs --save, the directory for checkpoints")
+    if checkpoint.auto_resume and checkpoint.save is None:
+        raise ValueError("--auto-resume needs --save, the directory that it goes on from")
+    if checkpoint.auto_resume and same_folder(checkpoint.load, checkpoint.save):
+        raise ValueError(
+            f"--auto-resume goes on from --save {checkpoint.save} by itself; leave --load "
+            f"{checkpoint.load} out, or give the folder that the run begins with"
+        )
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        raise ValueError("--keep-every needs --keep-last; without it all checkpoints are kept")
     for flag, needs_save_hf in (
         ("--save-hf-every-save", checkpoint.save_hf_every_save),
         ("--save-hf-dtype", checkpoint.save_hf_dtype is not None),
@@ -356,6 +375,13 @@ def _check_checkpoint(config: TrainingConfig) -> None:
     for flag, given in needs_load.items():
         if given:
             raise ValueError(f"{flag} needs --load, the directory of a checkpoint")
+
+
+def same_folder(load: str | None, save: str | None) -> bool:
+    """Whether both are given and lead to one folder."""
+    if load is None or save is None:
+        return False
+    return os.path.realpath(load) == os.path.realpath(save)
 
 
 def _check_autotune(config: TrainingConfig) -> None:

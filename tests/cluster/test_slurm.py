@@ -79,9 +79,9 @@ def test_a_chain_is_the_run_that_never_stopped(cluster: Cluster, expected, tmp_p
         SAVE=str(save),
         **cluster.variables,
     )
-    # Its time is nearly over.
+    # Its time is nearly over: as --signal=USR1@300 of the script does.
     wait_until(lambda: latest(save), "a checkpoint", seconds=120)
-    slurm.run(["scancel", "--signal=USR1", "--batch", job])
+    slurm.run(["scancel", "--signal=USR1", job])
     slurm.start_now(job)
     # A job that matters more takes the nodes.
     first = latest(save)

@@ -1,0 +1,57 @@
+"""What follows a loss spike: a snapshot of the moment and, if asked, the way back."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_sat.state import SATState
+from megatron_sat.training.checkpoint import load_checkpoint
+from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.initialize import ranks_agree
+from megatron_sat.training.metrics import SpikeRecord
+from megatron_sat.training.search import find_checkpoint
+
+
+def snapshot_folder(config: TrainingConfig, iteration: int) -> Path | None:
+    """Where the snapshot of a spike goes: a folder as `--save`'s is, beside the checkpoints, that
+    no resume looks into."""
+    save = config.checkpoint.save
+    return None if save is None else Path(save) / f"spike-{iteration}"
+
+
+def write_spike(folder: Path, record: SpikeRecord, *, losses: Iterable[float], lr: float) -> None:
+    """Write ``spike.json``: the event, the losses before it, the samples of its batch. Collective;
+    RanksStopped where it cannot be written."""
+    with ranks_agree(f"writing {folder}"):
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(asdict(record) | {"lr": lr, "losses_before": list(losses)}, indent=2)
+            (folder / "spike.json").write_text(text + "\n")
+
+
+def roll_back(engine: Any, folder: Path, *, config: TrainingConfig, state: SATState) -> int | None:
+    """Bring parameters, optimizer, static rankings and random states to where the checkpoint
+    `folder` of this run has them; returns its iteration. Collective.
+
+    None, and nothing has changed, if it was written by other ranks or in another layout.
+    """
+    with ranks_agree(f"going back to {folder}"):
+        iteration = int(folder.name.removeprefix("global_step"))
+        stored = find_checkpoint(str(folder.parent), iteration=iteration)
+    if (
+        stored.config.parallel != config.parallel
+        or stored.run_state["world_size"] != dist.get_world_size()
+    ):
+        return None
+    whole = replace(config.checkpoint, no_load_optim=False, no_load_rng=False)
+    load_checkpoint(
+        engine,
+        stored,
+        config=replace(config, finetune=False, checkpoint=whole),
+        state=state,
+    )
+    return iteration

@@ -1,0 +1,162 @@
+"""Ranks that die, stop or hang: the others end in time, with a message that names them."""
+
+import functools
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_sat.testing.processes import Processes, start_processes
+from megatron_sat.testing.training import tiny_run
+from megatron_sat.training.metrics import METRICS_FILE
+from megatron_sat.training.watchdog import Watchdog
+
+STALL = 3.0
+FLAGS = f"--train-iters 100000 --eval-iters 0 --hang-timeout-minutes {STALL / 60} --zero-stage 3 "
+LIMIT = Watchdog(stall=STALL).limit + 3.0  # for a machine that has other things to do
+
+
+def trainer(*argv: str) -> int:
+    """``pretrain_sat.py`` with these arguments, as a launched process."""
+    from megatron_sat.training.initialize import run
+    from megatron_sat.training.run import pretrain
+
+    return run(functools.partial(pretrain, argv))
+
+
+def training(processes: Processes, save: Path) -> None:
+    metrics = save / METRICS_FILE
+    processes.wait_until(
+        lambda: metrics.exists() and metrics.read_text().count('"train"') > 2, seconds=60
+    )
+
+
+def errors(processes: Processes, rank: int) -> list[str]:
+    lines = processes.output(rank).splitlines()
+    return [line for line in lines if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [2, 0])
+def test_a_rank_that_is_gone_ends_the_others(tmp_path, tiny_data, number, lost):
+    argv = tiny_run(tiny_data, FLAGS + "--micro-batch-size 1 --global-batch-size 3", save=tmp_path)
+    with start_processes(trainer, 3, *argv) as processes:
+        training(processes, tmp_path)
+        processes.kill(lost, number)
+        others = {0, 1, 2} - {lost}
+        assert processes.wait(seconds=LIMIT, ranks=others) == [69, 69]
+        for rank in others:
+            said = errors(processes, rank)
+            if lost != 0 and rank != 0:
+                assert said == []  # rank 0 says it for all
+                continue
+            (message,) = said
+            assert message.startswith(f"error: rank {lost} ")
+            assert "has not been heard of for" in message
+            assert "died or was stopped" in message
+            if lost != 0:
+                assert f"process {processes.pids[lost]}" in message and "in iteration" in message
+        everything = "".join(processes.output(rank) for rank in others)
+        assert "Traceback" not in everything
+
+
+def hang_on_rank_1(*argv: str) -> int:
+    """`trainer`, of which rank 1 hangs before its fourth batch."""
+    from megatron_sat.training import batches
+
+    load, loaded = batches.Batch.to, []
+
+    def hang(self, device):
+        loaded.append(self)
+        if len(loaded) == 4 and os.environ["RANK"] == "1":
+            time.sleep(1000)
+        return load(self, device)
+
+    with mock.patch.object(batches.Batch, "to", hang):
+        return trainer(*argv)
+
+
+def test_a_rank_that_hangs_is_named_and_stacks_are_dumped(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, FLAGS + "--micro-batch-size 4 --global-batch-size 8", save=tmp_path)
+    with start_processes(hang_on_rank_1, 2, *argv) as processes:
+        training(processes, tmp_path)
+        assert processes.wait(seconds=LIMIT) == [69, 69]
+        (message,) = errors(processes, 0)
+        assert "rank 1 (" in message and "rank 0" not in message
+        assert "stalled in iteration 4, at loading a batch for" in message
+        assert ".hang (test_watchdog.py:" in message and "the others wait" in message
+        assert errors(processes, 1) == []
+        for rank in (0, 1):
+            stacks = (tmp_path / f"stacks-rank{rank}.txt").read_text()
+            for text in (stacks, processes.output(rank)):
+                assert "in train_step" in text and "Thread 0x" in text
+        assert "in hang\n" in (tmp_path / "stacks-rank1.txt").read_text()
+        assert "in hang\n" not in (tmp_path / "stacks-rank0.txt").read_text()
+
+
+def fail_on_rank_1(*argv: str) -> int:
+    """`trainer`, of which rank 1 has a fault in its fourth batch."""
+    from megatron_sat.training import batches
+
+    load, loaded = batches.Batch.to, []
+
+    def fail(self, device):
+        loaded.append(self)
+        if len(loaded) == 4 and os.environ["RANK"] == "1":
+            raise KeyError("what is missing")
+        return load(self, device)
+
+    with mock.patch.object(batches.Batch, "to", fail):
+        return trainer(*argv)
+
+
+def test_a_rank_that_fails_alone_tells_the_others_why(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, FLAGS, save=tmp_path)
+    with start_processes(fail_on_rank_1, 2, *argv) as processes:
+        assert processes.wait(seconds=60) == [69, 1]
+        (message,) = errors(processes, 0)
+        assert message.startswith("error: rank 1 (")
+        assert "failed in iteration 2, at loading a batch: KeyError: 'what is missing'" in message
+        assert "Traceback" in processes.output(1) and "Traceback" not in processes.output(0)
+
+
+def test_a_suspended_job_goes_on(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, FLAGS, save=tmp_path)
+    with start_processes(trainer, 2, *argv) as processes:
+        training(processes, tmp_path)
+        for rank in (0, 1):
+            processes.kill(rank, signal.SIGSTOP)
+        time.sleep(STALL + 1.0)
+        lines = (tmp_path / METRICS_FILE).read_text().count("\n")
+        for rank in (1, 0):
+            processes.kill(rank, signal.SIGCONT)
+        processes.wait_until(
+            lambda: (tmp_path / METRICS_FILE).read_text().count("\n") > lines + 20, seconds=20
+        )
+        time.sleep(1.0)
+        assert processes.codes() == [None, None]
+
+
+def test_a_process_alone_dumps_its_stacks_and_goes_on(tmp_path, capfd):
+    with Watchdog(stall=0.2, folder=str(tmp_path)) as watchdog:
+        watchdog.at("the forward pass", iteration=7)
+        stacks = tmp_path / "stacks-rank0.txt"
+        deadline = time.monotonic() + 10
+        while not stacks.exists() or not stacks.read_text().count("File"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert "no step forward: in iteration 7, at the forward pass" in stacks.read_text()
+    assert "test_a_process_alone" in capfd.readouterr().err
+    assert not [t for t in threading.enumerate() if t.name == "watchdog"]
+
+
+def test_slow_places_have_more_time(tmp_path):
+    with Watchdog(stall=0.3, folder=str(tmp_path)) as watchdog:
+        watchdog.at("saving", slow=True)
+        time.sleep(0.7)
+        watchdog.at("the forward pass")
+    assert not (tmp_path / "stacks-rank0.txt").exists()
