@@ -306,7 +306,7 @@ def test_an_error_while_training_is_no_mistake_of_the_users(tiny_data):
 
 
 def fault_on_the_last_rank(argv: list[str]) -> tuple[str, str]:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise AttributeError("no such thing")
 
     fault = mock.patch.object(training_run, "build_tokenizer", fail)
