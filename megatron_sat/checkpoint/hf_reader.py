@@ -1,8 +1,6 @@
 """The weights of a Hugging Face folder, read tensor by tensor and part by part."""
 
 import contextlib
-import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_sat.bad_input import parse_json, reason
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -74,8 +75,10 @@ class HFReader:
     def _read_index(self, index: Path) -> dict[Path, set[str] | None]:
         files: dict[Path, set[str] | None] = {}
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map: dict[str, str] = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
             for tensor, file in sorted(weight_map.items()):
+                if Path(file).name != file:
+                    raise ValueError(f"{file!r} is not the name of a file beside it")
                 names = files.setdefault(self.folder / file, set())
                 assert names is not None
                 names.add(tensor)
@@ -89,11 +92,19 @@ class HFReader:
             raise ValueError(f"{path} is missing; it holds tensor {some} and others")
         if path.suffix == ".safetensors":
             with _open(path) as file:
-                found = {
-                    name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())
-                }
+                slices = {name: file.get_slice(name) for name in list(file.keys())}
+                found = {name: tuple(item.get_shape()) for name, item in slices.items()}
+                dtypes = {name: item.get_dtype() for name, item in slices.items()}
         else:
-            found = {name: tuple(value.shape) for name, value in self._load_bin(path).items()}
+            tensors = self._load_bin(path)
+            found = {name: tuple(value.shape) for name, value in tensors.items()}
+            dtypes = {name: value.dtype for name, value in tensors.items()}
+        for name, dtype in dtypes.items():
+            if dtype not in (*_FLOATS, *_FLOATS.values()):
+                raise ValueError(
+                    f"{path}: tensor {name} is of type {dtype}; valid: {', '.join(_FLOATS)}, as "
+                    "weights are that are not quantized"
+                )
         missing = sorted((expected or set()) - set(found))
         if missing:
             raise ValueError(f"{path} lacks tensor {missing[0]}, which the index says it holds")
@@ -114,7 +125,7 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged or cut short ({error}; it has {path.stat().st_size} bytes)"
+            f"{path} is damaged or cut short ({reason(error)}; it has {path.stat().st_size} bytes)"
         ) from error
 
 
@@ -122,11 +133,16 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         try:
-            return dict(torch.load(path, mmap=True, **options))
+            content = torch.load(path, mmap=True, **options)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return dict(torch.load(path, **options))  # torch.save's format before 1.6
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or cut short ({reason})") from error
+            content = torch.load(path, **options)  # torch.save's format before 1.6
+    except Exception as error:  # the unpickler raises whatever the broken file provokes
+        raise ValueError(f"{path} is damaged or cut short ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no tensors by name, but a {type(content).__name__}")
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{path}: {name!r} is no tensor, but a {type(value).__name__}")
+    return content

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+from megatron_sat.bad_input import reason, shorten
 from megatron_sat.training.config import TokenizerType
+
+_MOST_TOKENS = 2**31 - 1  # data sets hold token ids in 32 bits
 
 
 class Tokenizer(ABC):
@@ -74,7 +77,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._pieces = SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"--tokenizer-model: {path} is not a SentencePiece model ({error})"
+                f"--tokenizer-model: {path} is not a SentencePiece model ({reason(error)})"
             ) from error
         super().__init__(path, vocab_size=self._pieces.get_piece_size(), eod=self._pieces.eos_id())
 
@@ -108,10 +111,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # transformers raises whatever the broken file provokes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"--tokenizer-model: {path} is not the folder of a Hugging Face tokenizer "
-                f"({reason})"
+                f"({reason(error)})"
             ) from error
         ids = self._tokenizer.get_vocab().values()
         super().__init__(
@@ -170,8 +172,11 @@ def build_tokenizer(
     tokenizer, a tokenizer without an end-of-sequence token or larger than `vocab_size`.
     """
     if tokenizer_type == "NullTokenizer":
-        if vocab_size is None or vocab_size < 1:
-            raise ValueError(f"--tokenizer-type NullTokenizer needs --vocab-size; got {vocab_size}")
+        if vocab_size is None or not 1 <= vocab_size <= _MOST_TOKENS:
+            raise ValueError(
+                f"--tokenizer-type NullTokenizer needs --vocab-size, 1 to {_MOST_TOKENS}; got "
+                f"{shorten(vocab_size)}"
+            )
         return NullTokenizer(vocab_size)
     classes: dict[str, type[SentencePieceTokenizer | HuggingFaceTokenizer]] = {
         "SentencePieceTokenizer": SentencePieceTokenizer,
