@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megatron_sat.bad_input import shorten
 from megatron_sat.corpora import (
     BadRecord,
     Chunk,
@@ -30,6 +31,8 @@ from megatron_sat.corpora import (
     read_chunks,
 )
 from megatron_sat.training.tokenizer import Tokenizer
+
+_MOST_WORKERS = 4096
 
 
 @dataclass(kw_only=True)
@@ -204,8 +207,8 @@ def preprocess(
     damaged or of unknown format, output that exists, input without a document, and with `strict`
     the first bad record with its file and line.
     """
-    if workers < 1:
-        raise ValueError(f"--workers is {workers}; valid: at least 1")
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise ValueError(f"--workers is {shorten(workers)}; valid: 1 to {_MOST_WORKERS}")
     files = expand(inputs)
     progress = Progress(bytes_total=sum(Path(path).stat().st_size for path in files))
     encoder = _Encoder(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron_sat.bad_input import one_line
 from megatron_sat.cpu import enable_cpu_path
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
@@ -193,7 +194,7 @@ def run(main: Callable[[], object]) -> int:
             raise
         _report(error)
         return 2
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if dist.is_initialized():
             # Outside of `ranks_agree` others may not know of it, and it may be the program's.
             raise
@@ -206,7 +207,7 @@ def run(main: Callable[[], object]) -> int:
 
 
 def _report(error: Exception) -> None:
-    message = f"error: {error}"
+    message = f"error: {one_line(error)}"
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
