@@ -37,6 +37,7 @@ _LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_SIZES = (*_KEYS.values(), "sliding_window")
 _LARGEST = 2**31
 
 
@@ -93,6 +94,7 @@ def read_hf_config(folder: str | Path) -> HFConfig:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     family = _family(raw, path)
+    _check_numbers({key: raw[key] for key in _SIZES if key in raw}, path)
     for key in ("dtype", "torch_dtype"):
         if not isinstance(raw.get(key, ""), str | None):
             raise ValueError(f"{path}: {key} is {shorten(repr(raw[key]))}; valid: as 'bfloat16'")
@@ -111,7 +113,7 @@ def read_hf_config(folder: str | Path) -> HFConfig:
                 f"{path}: {key} is {getattr(config, key)!r}; for {family.model_type} only "
                 f"{value!r} is supported"
             )
-    _check_numbers(config, path)
+    _check_numbers({key: getattr(config, key, None) for key in _SIZES}, path)
     fields = {name: getattr(config, key, None) for name, key in _KEYS.items()}
     fields["kv_channels"] = (
         fields["kv_channels"] or config.hidden_size // config.num_attention_heads
@@ -140,10 +142,9 @@ def _family(raw: Mapping[str, Any], path: Path) -> Family:
     return known
 
 
-def _check_numbers(config: Any, path: Path) -> None:
-    """The sizes are there and above 0; those that transformers fills in may be None."""
-    for key in (*_KEYS.values(), "sliding_window"):
-        value = getattr(config, key, None)
+def _check_numbers(values: Mapping[str, Any], path: Path) -> None:
+    """The sizes are above 0; those that transformers fills in may be None."""
+    for key, value in values.items():
         if value is None and key in ("num_key_value_heads", "head_dim", "sliding_window"):
             continue
         kinds = int | float if key == "rms_norm_eps" else int

@@ -1,6 +1,7 @@
 """The weights of a Hugging Face folder, read tensor by tensor and part by part."""
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class HFReader:
         try:
             weight_map: dict[str, str] = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
             for tensor, file in sorted(weight_map.items()):
-                if Path(file).name != file:
+                if not file or Path(file).name != file:
                     raise ValueError(f"{file!r} is not the name of a file beside it")
                 names = files.setdefault(self.folder / file, set())
                 assert names is not None
@@ -138,6 +139,10 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, **options)  # torch.save's format before 1.6
+    except pickle.UnpicklingError as error:  # torch's text says how to run what is in the file
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors: only those are unpickled"
+        ) from error
     except Exception as error:  # the unpickler raises whatever the broken file provokes
         raise ValueError(f"{path} is damaged or cut short ({reason(error)})") from error
     if not isinstance(content, dict):

@@ -65,10 +65,10 @@ def inspect(prefix: str, *, flag: str) -> IndexedData:
     index says, lengths below 0, a data set without documents.
     """
     idx, bin_ = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
-    for path in (idx, bin_):
-        if not path.is_file():
-            raise ValueError(f"{flag}: {path} does not exist{_hint(prefix)}")
     try:
+        for path in (idx, bin_):
+            if not path.is_file():
+                raise ValueError(f"{flag}: {path} does not exist{_hint(prefix)}")
         with idx.open("rb") as stream:
             header = stream.read(_HEADER.size)
         idx_size, bin_size = idx.stat().st_size, bin_.stat().st_size
@@ -163,9 +163,14 @@ def check_index(data: IndexedData, *, flag: str) -> None:
             at = int(wrong[0]) if len(wrong) else 0
             raise ValueError(
                 f"{flag}: {idx} is damaged: entry {begin + at} of its document ends is "
-                f"{entries[at]}; they rise from 0 to at most {len(data.lengths)}"
+                f"{entries[at]}; they rise from 0 to {len(data.lengths)}"
             )
         last = int(entries[-1])
+    if last != len(data.lengths):
+        raise ValueError(
+            f"{flag}: {idx} is damaged: its document ends stop at {last} of {len(data.lengths)} "
+            "documents"
+        )
 
 
 def check_token_ids(data: IndexedData, *, vocab_size: int, flag: str) -> None:

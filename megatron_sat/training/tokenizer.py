@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from megatron_sat.bad_input import reason, shorten
+from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.training.config import TokenizerType
 
 _MOST_TOKENS = 2**31 - 1  # data sets hold token ids in 32 bits
@@ -104,6 +104,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"--tokenizer-model: {path} {what}; HuggingFaceTokenizer wants the folder of a "
                 "tokenizer (a SentencePiece .model file goes with SentencePieceTokenizer)"
             )
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            _check_json(Path(path) / name)
         from transformers import AutoTokenizer
 
         try:
@@ -141,6 +143,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids))
         return text
+
+
+def _check_json(path: Path) -> None:
+    """transformers does not say in which of a folder's files it found what is wrong."""
+    try:
+        if path.exists() and not isinstance(parse_json(path.read_bytes()), dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer-model: {path} is damaged ({reason(error)})") from error
 
 
 class NullTokenizer(Tokenizer):

@@ -45,6 +45,11 @@ class TokenizerJson:
                 raise ValueError(f"{path}: {name} is {model[name]!r}; valid: none")
         self.ids: dict[str, int] = dict(model["vocab"])
         """The id of every piece, added tokens left aside."""
+        self.added_tokens: dict[int, tuple[str, bool]] = {
+            token["id"]: (token["content"], token["special"])
+            for token in self._content["added_tokens"]
+        }
+        """Id to (content, special) of the tokens that are taken out of the text beforehand."""
         self.pairs: list[tuple[str, str]] = [
             (left, right)
             for left, right in (
@@ -61,14 +66,6 @@ class TokenizerJson:
             self.unknown_id = self.ids.get(model["unk_token"])
         else:
             self.unknown_id = None
-
-    @property
-    def added_tokens(self) -> dict[int, tuple[str, bool]]:
-        """Id to (content, special) of the tokens that are taken out of the text beforehand."""
-        return {
-            token["id"]: (token["content"], token["special"])
-            for token in self._content["added_tokens"]
-        }
 
     @property
     def size(self) -> int:
