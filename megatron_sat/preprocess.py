@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -156,6 +156,7 @@ class _Output:
             suffix: path.with_name(f"{path.name}.partial-{os.getpid()}")
             for suffix, path in self.files.items()
         }
+        self._made = [place for place in self.files["bin"].parents if not place.exists()]
         self.files["bin"].parent.mkdir(parents=True, exist_ok=True)
         self.builder = IndexedDatasetBuilder(str(self.partial["bin"]), dtype=dtype)
 
@@ -177,6 +178,9 @@ class _Output:
         self.builder.data_file.close()
         for path in self.partial.values():
             path.unlink(missing_ok=True)
+        for place in self._made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
 
 
 def preprocess(

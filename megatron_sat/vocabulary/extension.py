@@ -5,7 +5,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -317,9 +317,14 @@ def _complete_or_absent(output: Path) -> Iterator[Path]:
     if output.exists():
         raise ValueError(f"--output: {output} exists; remove it or give another name")
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    missing = [place for place in partial.parents if not place.exists()]
     partial.mkdir(parents=True)
     try:
         yield partial
         os.rename(partial, output)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for place in missing:
+            with suppress(OSError):  # in use by now
+                place.rmdir()
+        raise
