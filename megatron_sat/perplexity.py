@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_sat.bad_input import reason
 from megatron_sat.checkpoint.hf_reader import HFReader
 from megatron_sat.corpora import BadRecord, decode, expand, place, read_chunks
 from megatron_sat.training.initialize import ranks_agree
@@ -247,8 +248,7 @@ def _load(
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises whatever the broken folder provokes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--model: {folder} cannot be loaded ({reason})") from error
+        raise ValueError(f"--model: {folder} cannot be loaded ({reason(error)})") from error
     if loading["missing_keys"]:  # transformers would go on with random numbers
         raise ValueError(f"--model: {folder} has no tensor {min(loading['missing_keys'])}")
     rows = model.get_input_embeddings().weight.shape[0]

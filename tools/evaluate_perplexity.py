@@ -111,6 +111,12 @@ def _table(report: PerplexityReport) -> Table:
     return table
 
 
+def _check_output(path: str) -> None:
+    """Now, and not when the work is done."""
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+        raise ValueError(f"--output {path} cannot be written; give a file in a folder that can")
+
+
 def _write(path: str, report: PerplexityReport) -> None:
     partial = Path(f"{path}.partial-{os.getpid()}")
     try:
@@ -125,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     if Launch.from_environment().world_size > 1:
         dist.init_process_group("gloo")
     with ranks_agree("looking for the files"):
+        if args.output is not None:
+            _check_output(args.output)
         files = expand(args.data, flag="--data")
     disable_progress_bar()  # of transformers, from every rank
     first = not dist.is_initialized() or dist.get_rank() == 0

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # First, as it silences what Megatron-core says of optional kernels when it is imported.
 import megatron_sat.training  # noqa: F401
+from megatron_sat.bad_input import one_line
 from megatron_sat.corpora import TextDocuments
 from megatron_sat.preprocess import Progress, preprocess
 from megatron_sat.training.config import TokenizerType
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             done = run(_lines(console))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted, nothing was written\n")
     seconds = time.monotonic() - begin

@@ -2,10 +2,12 @@
 and the proof that both compute the same. Runs on one machine without a GPU."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sat.bad_input import one_line
 from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.checkpoint.hf_config import HFConfig, read_hf_config
 from megatron_sat.checkpoint.hf_export import MAX_SHARD_BYTES, HFExport, HFWriter
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -143,8 +145,14 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("give --load, the --save folder of a run, or --load-hf with --verify")
     if args.save_hf is None and args.verify is None:
         raise ValueError("nothing to do: give --save-hf, --verify or both")
-    if not args.max_shard_size > 0:
+    if not 0 < args.max_shard_size < math.inf:
         raise ValueError(f"--max-shard-size is {args.max_shard_size}; valid: above 0")
+    if not 0 <= args.tolerance < math.inf:
+        raise ValueError(f"--tolerance is {args.tolerance}; valid: at least 0")
+    if args.tensor_model_parallel_size < 1:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}; valid: at least 1"
+        )
     text = args.text
     if args.text_file is not None:
         try:

@@ -1,7 +1,6 @@
 """The weights of a Hugging Face folder, read tensor by tensor and part by part."""
 
 import contextlib
-import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -13,22 +12,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_sat.bad_input import parse_json, reason
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FILES = ("model.safetensors", "pytorch_model.bin")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the values of a safetensors tensor lie in its file, and the file's name of their
-    type."""
+    """Where the values of a safetensors tensor lie in its file, and of what type they are."""
 
     offset: int
-    type: str
+    dtype: torch.dtype
 
 
 class Buffer:
@@ -81,8 +76,7 @@ class HFReader:
         type.
 
         With a `buffer`, the result lies there until its next use. ValueError, naming file and
-        tensor, for a value that is not a finite number, and for integers and other types that a
-        model is not trained in.
+        tensor, for a value that is not a finite number.
         """
         path = self._paths[name]
         if path.suffix == ".safetensors":
@@ -100,16 +94,10 @@ class HFReader:
         """Whole rows, in one piece of the file: mapped, they would come in the system's small
         read-ahead, at a fraction of the disk's speed."""
         path, place, shape = self._paths[name], self._places[name], self.shapes[name]
-        if place.type not in _DTYPES:
-            raise ValueError(
-                f"{path}: tensor {name} has type {place.type}; weights are read from "
-                f"{', '.join(_DTYPES)}"
-            )
-        dtype = _DTYPES[place.type]
-        row_bytes = dtype.itemsize * torch.Size(shape[1:]).numel()
+        row_bytes = place.dtype.itemsize * torch.Size(shape[1:]).numel()
         size = (rows[1] - rows[0]) * row_bytes
         memory = (buffer or Buffer()).take(size)
-        tensor = memory.view(dtype).view(rows[1] - rows[0], *shape[1:])
+        tensor = memory.view(place.dtype).view(rows[1] - rows[0], *shape[1:])
         target = memory.numpy().data
         with open(path, "rb", buffering=0) as file:
             file.seek(place.offset + rows[0] * row_bytes)
@@ -138,8 +126,10 @@ class HFReader:
     def _read_index(self, index: Path) -> dict[Path, set[str] | None]:
         files: dict[Path, set[str] | None] = {}
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map: dict[str, str] = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
             for tensor, file in sorted(weight_map.items()):
+                if not file or Path(file).name != file:
+                    raise ValueError(f"{file!r} is not the name of a file beside it")
                 names = files.setdefault(self.folder / file, set())
                 assert names is not None
                 names.add(tensor)
@@ -153,13 +143,24 @@ class HFReader:
             raise ValueError(f"{path} is missing; it holds tensor {some} and others")
         if path.suffix == ".safetensors":
             with _open(path) as file:
-                parts = {name: file.get_slice(name) for name in list(file.keys())}
-                found = {name: tuple(part.get_shape()) for name, part in parts.items()}
-                types = {name: part.get_dtype() for name, part in parts.items()}
-            offsets = _offsets(path)
-            self._places |= {name: _Place(offsets[name], types[name]) for name in found}
+                slices = {name: file.get_slice(name) for name in list(file.keys())}
+                found = {name: tuple(item.get_shape()) for name, item in slices.items()}
+                dtypes = {name: item.get_dtype() for name, item in slices.items()}
         else:
-            found = {name: tuple(value.shape) for name, value in self._load_bin(path).items()}
+            tensors = self._load_bin(path)
+            found = {name: tuple(value.shape) for name, value in tensors.items()}
+            dtypes = {name: value.dtype for name, value in tensors.items()}
+        for name, dtype in dtypes.items():
+            if dtype not in (*_FLOATS, *_FLOATS.values()):
+                raise ValueError(
+                    f"{path}: tensor {name} is of type {dtype}; valid: {', '.join(_FLOATS)}, as "
+                    "weights are that are not quantized"
+                )
+        if path.suffix == ".safetensors":
+            offsets = _offsets(path)
+            self._places |= {
+                name: _Place(offsets[name], _FLOATS[dtype]) for name, dtype in dtypes.items()
+            }
         missing = sorted((expected or set()) - set(found))
         if missing:
             raise ValueError(f"{path} lacks tensor {missing[0]}, which the index says it holds")
@@ -178,7 +179,7 @@ def _offsets(path: Path) -> dict[str, int]:
     does not tell: 8 bytes with its length, then JSON, then the values."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     return {
         name: 8 + length + entry["data_offsets"][0]
         for name, entry in header.items()
@@ -193,7 +194,7 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged or cut short ({error}; it has {path.stat().st_size} bytes)"
+            f"{path} is damaged or cut short ({reason(error)}; it has {path.stat().st_size} bytes)"
         ) from error
 
 
@@ -201,11 +202,20 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         try:
-            return dict(torch.load(path, mmap=True, **options))
+            content = torch.load(path, mmap=True, **options)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return dict(torch.load(path, **options))  # torch.save's format before 1.6
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or cut short ({reason})") from error
+            content = torch.load(path, **options)  # torch.save's format before 1.6
+    except pickle.UnpicklingError as error:  # torch's text says how to run what is in the file
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors: only those are unpickled"
+        ) from error
+    except Exception as error:  # the unpickler raises whatever the broken file provokes
+        raise ValueError(f"{path} is damaged or cut short ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no tensors by name, but a {type(content).__name__}")
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{path}: {name!r} is no tensor, but a {type(value).__name__}")
+    return content

@@ -37,11 +37,13 @@ from megatron.core.datasets.utils import Split, normalize
 
 from megatron_sat.training.batches import Dataset
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.indexed_data import IndexedData, check_token_ids, inspect
+from megatron_sat.training.indexed_data import IndexedData, check_index, check_token_ids, inspect
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.tokenizer import Tokenizer
 
 _WHOLE = (0.0, 1.0)
+_MOST_SAMPLES = 2**31 - 1
+_MOST_PASSES = 1_000_000
 
 Described: TypeAlias = dict[str, list[dict[str, Any]]]
 """What the data of a run are, in plain JSON values: the parts of the training data under "train",
@@ -190,6 +192,7 @@ def _checked_sources(
             if prefix not in inspected:
                 inspected[prefix] = inspect(prefix, flag=flag)
                 if not dist.is_initialized() or dist.get_rank() == 0:
+                    check_index(inspected[prefix], flag=flag)
                     check_token_ids(inspected[prefix], vocab_size=vocab_size, flag=flag)
         if share is None:
             raise ValueError(f"--split {data.split} leaves no documents for training")
@@ -239,6 +242,20 @@ def _check_size(source: _Source, config: TrainingConfig) -> None:
                 f"{source.flag}: {part.prefix} has {tokens} tokens{where}; one sample of "
                 f"--seq-length {config.model.seq_length} needs {needed}{advice}"
             )
+    if source.samples is None:
+        return
+    # What is drawn is indexed in memory: a count that is a mistake would fill it.
+    passes = (
+        source.samples
+        * config.model.seq_length
+        / sum(part.tokens(source.share) for part in source.parts)
+    )
+    if passes > _MOST_PASSES or source.samples > _MOST_SAMPLES:
+        raise ValueError(
+            f"--train-iters {config.train_iters} x --global-batch-size {config.global_batch_size} "
+            f"is {source.samples} samples, {passes:.3g} passes through {source.flag}; valid: up to "
+            f"{_MOST_SAMPLES} samples and {_MOST_PASSES} passes"
+        )
 
 
 def _advice_on_split(parts: tuple[IndexedData, ...], needed: int) -> str:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron_sat.bad_input import one_line
 from megatron_sat.cpu import enable_cpu_path
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
@@ -202,7 +203,7 @@ def run(main: Callable[[], object]) -> int:
             raise
         report_error(str(error), kind="stopped" if error.code == ExitCode.STOPPED else "error")
         return error.code
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if dist.is_initialized():
             # Outside of `ranks_agree` others may not know of it, and it may be the program's.
             raise
@@ -216,7 +217,7 @@ def run(main: Callable[[], object]) -> int:
 
 def report_error(message: str, *, kind: str = "error", by_all: bool = False) -> None:
     """Print why the run ends, on rank 0 (or `by_all`), and tell torchrun."""
-    message = f"{kind}: {message}"
+    message = f"{kind}: {one_line(message)}"
     if by_all or not dist.is_initialized() or dist.get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

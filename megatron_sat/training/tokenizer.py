@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.training.config import TokenizerType
+
+_MOST_TOKENS = 2**31 - 1  # data sets hold token ids in 32 bits
 
 
 class Tokenizer(ABC):
@@ -75,7 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._pieces = SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"--tokenizer-model: {path} is not a SentencePiece model ({error})"
+                f"--tokenizer-model: {path} is not a SentencePiece model ({reason(error)})"
             ) from error
         super().__init__(path, vocab_size=self._pieces.get_piece_size(), eod=self._pieces.eos_id())
 
@@ -103,6 +106,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"--tokenizer-model: {path} {what}; HuggingFaceTokenizer wants the folder of a "
                 "tokenizer (a SentencePiece .model file goes with SentencePieceTokenizer)"
             )
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            _check_json(Path(path) / name)
         from transformers import AutoTokenizer
 
         try:
@@ -110,7 +115,6 @@ class HuggingFaceTokenizer(Tokenizer):
                 path, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # transformers raises whatever the broken file provokes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             if "trust_remote_code" in str(error):
                 raise ValueError(
                     f"--tokenizer-model: {path} comes with Python code of its own; give "
@@ -118,7 +122,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 ) from error
             raise ValueError(
                 f"--tokenizer-model: {path} is not the folder of a Hugging Face tokenizer "
-                f"({reason})"
+                f"({reason(error)})"
             ) from error
         ids = self._tokenizer.get_vocab().values()
         super().__init__(
@@ -146,6 +150,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids))
         return text
+
+
+def _check_json(path: Path) -> None:
+    """transformers does not say in which of a folder's files it found what is wrong."""
+    try:
+        if path.exists() and not isinstance(parse_json(path.read_bytes()), dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer-model: {path} is damaged ({reason(error)})") from error
 
 
 class NullTokenizer(Tokenizer):
@@ -182,8 +195,11 @@ def build_tokenizer(
     tokenizer, a tokenizer without an end-of-sequence token or larger than `vocab_size`.
     """
     if tokenizer_type == "NullTokenizer":
-        if vocab_size is None or vocab_size < 1:
-            raise ValueError(f"--tokenizer-type NullTokenizer needs --vocab-size; got {vocab_size}")
+        if vocab_size is None or not 1 <= vocab_size <= _MOST_TOKENS:
+            raise ValueError(
+                f"--tokenizer-type NullTokenizer needs --vocab-size, 1 to {_MOST_TOKENS}; got "
+                f"{shorten(vocab_size)}"
+            )
         return NullTokenizer(vocab_size)
     classes: dict[str, Callable[[str], Tokenizer]] = {
         "SentencePieceTokenizer": SentencePieceTokenizer,

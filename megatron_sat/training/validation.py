@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_sat.bad_input import reason, shorten
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.watch_arguments import check_watch
+
+_LONGEST_TIMEOUT = 365 * 24 * 60
 
 
 def check_config(config: TrainingConfig) -> None:
@@ -140,6 +143,7 @@ def _check_numbers(config: TrainingConfig) -> None:
         "num_query_groups",
         "kv_channels",
         "seq_length",
+        "max_position_embeddings",
         "make_vocab_size_divisible_by",
         "vocab_size",
     ):
@@ -149,7 +153,11 @@ def _check_numbers(config: TrainingConfig) -> None:
         _at_least("--" + name.replace("_", "-"), getattr(config, name), 1)
     _at_least("--eval-iters", config.eval_iters, 0)
     _at_least("--seed", config.seed, 1)
-    _at_least("--distributed-timeout-minutes", config.distributed_timeout_minutes, 1)
+    if not 1 <= config.distributed_timeout_minutes <= _LONGEST_TIMEOUT:
+        raise ValueError(
+            f"--distributed-timeout-minutes is {config.distributed_timeout_minutes}; valid: 1 to "
+            f"{_LONGEST_TIMEOUT}, a year"
+        )
     _at_least("--log-interval", config.logging.log_interval, 1)
     _at_least("--num-workers", config.data.num_workers, 0)
     _at_least("--init-method-std", model.init_method_std, 0)
@@ -315,7 +323,11 @@ def _check_data(config: TrainingConfig) -> None:
             shares = [float(share) for share in data.split.split(",")]
         except ValueError:
             shares = []
-        if not 1 <= len(shares) <= 3 or not all(s >= 0 for s in shares) or not shares[0] > 0:
+        if (
+            not 1 <= len(shares) <= 3
+            or not all(share >= 0 for share in shares)
+            or not 0 < shares[0] <= sum(shares) < float("inf")
+        ):
             raise ValueError(
                 f"--split is {data.split!r}; valid: up to three shares for training, validation "
                 'and test, as "969,30,1", the first above 0'
@@ -399,8 +411,9 @@ def _check_train_only(config: TrainingConfig) -> None:
         return
     try:
         re.compile(config.train_only)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"--train-only {config.train_only!r} is not a regular expression ({error}); valid: as "
+            f"--train-only {shorten(repr(config.train_only))} is not a regular expression "
+            f"({reason(error)}); valid: as "
             "'word_embeddings|output_layer'"
         ) from error

@@ -164,16 +164,6 @@ def test_a_value_that_is_not_finite(folder: Path, value: float) -> None:
         reader.read(UP, rows=(60, 80))
 
 
-def test_a_tensor_of_integers(folder: Path) -> None:
-    """As quantised checkpoints have them: numbers that mean nothing without their scales."""
-    path = change(folder, UP, lambda tensor: tensor.to(torch.int8))
-    with pytest.raises(ValueError) as error:
-        HFReader(folder).read(UP, rows=(0, 80))
-    assert str(error.value) == (
-        f"{path}: tensor {UP} has type I8; weights are read from F64, F32, F16, BF16"
-    )
-
-
 def test_a_file_that_gets_shorter_while_it_is_read(folder: Path) -> None:
     reader = HFReader(folder)
     path = reader.path(UP)
