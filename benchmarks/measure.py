@@ -47,7 +47,7 @@ def interleaved_medians(
 def machine() -> dict[str, str]:
     """The columns that say where a figure comes from."""
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "python": platform.python_version(),

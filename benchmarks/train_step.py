@@ -57,16 +57,17 @@ def random_batches(vocabulary: int, batch: int, length: int) -> Iterator[Batch]:
     positions = torch.arange(length).repeat(batch, 1)
     while True:
         tokens = torch.randint(0, vocabulary, (batch, length + 1), generator=generator)
-        yield Batch(
+        made = Batch(
             tokens=tokens[:, :-1].contiguous(),
             labels=tokens[:, 1:].contiguous(),
             loss_mask=torch.ones(batch, length),
             position_ids=positions,
-        ).pin_memory()
+        )
+        yield made.pin_memory() if torch.cuda.is_available() else made
 
 
 def make_trainer(args: argparse.Namespace, stage: int, micro_batch: int) -> Trainer:
-    """The trainer as ``pretrain_sat.py`` makes it, without data."""
+    """The trainer of this benchmark."""
     flags = (
         f"{MODELS[args.model]} --seq-length {args.seq_length} --micro-batch-size {micro_batch} "
         f"--train-iters {_STEPS} --lr 1e-5 --bf16 --zero-stage {stage} --train-data-path none "
@@ -80,15 +81,18 @@ def make_trainer(args: argparse.Namespace, stage: int, micro_batch: int) -> Trai
     if args.recompute:
         extra += ["--recompute-granularity", "full", "--recompute-method", "uniform"]
         extra += ["--recompute-num-layers", "1"]
-    config = start([*flags.split(), *extra])
+    return trainer_without_data([*flags.split(), *extra], args.vocab_size)
+
+
+def trainer_without_data(argv: list[str], padded_vocab: int) -> Trainer:
+    """The trainer as ``pretrain_sat.py`` makes it, for the caller's batches."""
+    config = start(argv)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     initialize(config)
     deepspeed_config = build_deepspeed_config(config, world_size=dist.get_world_size())
     state = SATState(config.sat)
-    model = build_model(
-        config, state, padded_vocab=args.vocab_size, deepspeed_config=deepspeed_config
-    )
+    model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
     engine = build_engine(model, config, deepspeed_config=deepspeed_config)
     engine.train()
     return Trainer(
@@ -98,7 +102,7 @@ def make_trainer(args: argparse.Namespace, stage: int, micro_batch: int) -> Trai
         datasets=Datasets(train=None, validation={}),  # type: ignore[arg-type]
         learning_rate=LearningRate(engine.optimizer, config.optimizer),
         progress=Progress(),
-        padded_vocab_size=args.vocab_size,
+        padded_vocab_size=padded_vocab,
         sinks=MetricsSinks([]),
         display=Display(),
     )

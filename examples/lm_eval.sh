@@ -23,7 +23,7 @@ END
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 model=$MODEL
-if [[ -e $MODEL/latest || -n ${CKPT_STEP:-} ]]; then
+if [[ -e $MODEL/latest || -n ${CKPT_STEP:-} ]] || compgen -G "$MODEL/global_step*" >/dev/null; then
     model=$OUTPUT/model
     if [[ ! -e $model ]]; then
         step=()

@@ -9,7 +9,7 @@ usage: DATA=PREFIX TOKENIZER=FILE SAVE=DIR examples/pretrain_llama2_7b.sh [FLAG 
 
   DATA              training data, or a blend: "0.7 PREFIX 0.3 PREFIX" (tools/preprocess_data.py)
   TOKENIZER         SentencePiece .model file
-  SAVE              folder for checkpoints and metrics.jsonl
+  SAVE              folder for checkpoints and metrics.jsonl; a run in it goes on
 optional:
   VALID             validation sets: "old=PREFIX new=PREFIX" (default: a share of DATA)
   LOAD              folder of an earlier run of this trainer to start from (default: random weights)
@@ -45,5 +45,5 @@ exec "${launcher[@]}" "$repository/pretrain_sat.py" \
     --sat-omission-rate 0.5 --sat-decay-start-step 2000 --sat-ladder-rungs 5 \
     --sat-metric maxip --sat-selection sampling --sat-temperature 0.05 \
     --eval-interval 100 --eval-iters 2 --log-interval 10 \
-    --save "$SAVE" --save-interval 500 \
+    --save "$SAVE" --save-interval 500 --auto-resume \
     "${optional[@]}" "$@"

@@ -52,5 +52,5 @@ exec "${launcher[@]}" "$repository/pretrain_sat.py" \
     --sat-omission-rate 0.5 --sat-decay-start-step 2000 --sat-ladder-rungs 5 \
     --sat-metric maxip --sat-selection sampling --sat-temperature 0.05 \
     --eval-interval 100 --eval-iters 2 --log-interval 10 \
-    --save "$SAVE" --save-interval 500 \
+    --save "$SAVE" --save-interval 500 --auto-resume \
     "${optional[@]}" "$@"

@@ -79,7 +79,8 @@ def blend_rows(parts: Sequence[Part]) -> list[BlendRow]:
 
 
 def write_blend(path: str, rows: Sequence[BlendRow]) -> None:
-    """Write `weight prefix` lines, for `--data-args-path`. ValueError if the file exists."""
+    """Write `weight prefix` lines, for `--data-args-path`. ValueError if the file exists or cannot
+    be written."""
     target = Path(path)
     if target.exists():
         raise ValueError(f"--output: {path} exists; remove it or give another name")
@@ -90,5 +91,7 @@ def write_blend(path: str, rows: Sequence[BlendRow]) -> None:
     try:
         partial.write_text("".join(f"{row.share:.9g} {row.prefix}\n" for row in rows))
         os.replace(partial, target)
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ METRICS: tuple[str, ...] = get_args(Metric)
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 MODULES: tuple[str, ...] = get_args(Module)
 SCOPES: tuple[str, ...] = get_args(Scope)
+_MOST_RUNGS = 64
 
 
 def _flag(name: str) -> str:
@@ -53,7 +54,8 @@ class SATConfig:
     at all."""
 
     ladder_rungs: int = 5
-    """Rungs L of the ladder; each is twice as long as the one before and the last is dense."""
+    """Rungs L of the ladder, up to 64; each is twice as long as the one before and the last is
+    dense."""
 
     metric: Metric = "maxip"
     """How important a neuron is (equation 5)."""
@@ -90,6 +92,9 @@ class SATConfig:
             raise _invalid("decay_start_step", self.decay_start_step, valid)
         self._check_choice("schedule", SCHEDULES)
         self._check_integer("ladder_rungs", 1)
+        if self.ladder_rungs > _MOST_RUNGS:
+            # Rungs halve towards the first one: those of more would be shorter than a step.
+            raise _invalid("ladder_rungs", self.ladder_rungs, f"1 to {_MOST_RUNGS}")
         self._check_choice("metric", METRICS)
         self._check_choice("selection", SELECTIONS)
         self._check_real("temperature", "a number above 0", low=0.0, low_open=True, high=math.inf)

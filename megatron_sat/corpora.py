@@ -87,7 +87,11 @@ def expand(patterns: Sequence[str], *, flag: str = "--input") -> list[str]:
     """
     files: dict[str, str] = {}
     for pattern in patterns:
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        try:
+            there = Path(pattern).exists()
+        except OSError as error:
+            raise ValueError(f"{flag}: {pattern} cannot be read ({error.strerror})") from error
+        found = [pattern] if there else sorted(glob.glob(pattern, recursive=True))
         if not found:
             kind = "no file matches" if glob.has_magic(pattern) else "there is no file"
             raise ValueError(f"{flag}: {kind} {pattern}")

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_sat.bad_input import reason
 from megatron_sat.checkpoint.hf_reader import HFReader
 from megatron_sat.corpora import BadRecord, decode, expand, place, read_chunks
 from megatron_sat.training.initialize import ranks_agree
@@ -117,6 +118,7 @@ def evaluate_perplexity(
     batch_size: int = 8,
     dtype: Dtype | None = None,
     ckpt_step: int | None = None,
+    trust_remote_code: bool = False,
     on_document: Callable[[str, int], None] | None = None,
 ) -> PerplexityReport:
     """Evaluate a model on corpora, one domain a file, named as the file without its suffixes.
@@ -135,6 +137,7 @@ def evaluate_perplexity(
         batch_size: windows at a time on each rank.
         dtype: of the computation; by default float32 on the CPU and the stored type on a GPU.
         ckpt_step: iteration of a run's checkpoint, by default the latest.
+        trust_remote_code: run the code that a Hugging Face folder comes with.
         on_document: called on this rank with the domain and the bytes read since the last call.
 
     Raises ValueError (`RanksStopped`, on all ranks, with several) that names the file: one that is
@@ -144,12 +147,14 @@ def evaluate_perplexity(
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}; valid: at least 1")
         domains = _domains(files)
-    with _hugging_face_folder(model, ckpt_step) as folder:
+    with _hugging_face_folder(model, ckpt_step, trust_remote_code) as folder:
         with ranks_agree("loading the model"):
-            network, tokenizer = _load(folder, dtype)
+            network, tokenizer = _load(folder, dtype, trust_remote_code)
             reference: Tokenizer = tokenizer
             if reference_tokenizer is not None:
-                reference = HuggingFaceTokenizer(reference_tokenizer)
+                reference = HuggingFaceTokenizer(
+                    reference_tokenizer, trust_remote_code=trust_remote_code
+                )
             context, stride = _window_sizes(network.config, context, stride)
         evaluation = _Evaluation(network, tokenizer, reference, context, stride, batch_size)
         results = {}
@@ -191,7 +196,9 @@ def _window_sizes(config: Any, context: int | None, stride: int | None) -> tuple
 
 
 @contextlib.contextmanager
-def _hugging_face_folder(model: str, ckpt_step: int | None) -> Iterator[str]:
+def _hugging_face_folder(
+    model: str, ckpt_step: int | None, trust_remote_code: bool
+) -> Iterator[str]:
     """The folder itself, or a run's checkpoint exported for as long as the block runs."""
     several = dist.is_initialized()
     first = not several or dist.get_rank() == 0
@@ -200,15 +207,20 @@ def _hugging_face_folder(model: str, ckpt_step: int | None) -> Iterator[str]:
         with ranks_agree(f"reading {model}"):
             if not Path(model).is_dir():
                 raise ValueError(f"--model: {model} is not a folder")
-            is_run = (Path(model) / "latest").is_file() or ckpt_step is not None
+            signs = ("latest", "global_step*")
+            is_run = any(any(Path(model).glob(sign)) for sign in signs) or ckpt_step is not None
             if is_run and first:
                 # DeepSpeed and all that: only where it is needed.
                 from megatron_sat.checkpoint.convert import convert
-                from megatron_sat.training.checkpoint import find_checkpoint
+                from megatron_sat.training.search import find_checkpoint
 
                 parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="perplexity-"))
                 stored = find_checkpoint(model, iteration=ckpt_step)
-                folders = [str(convert(stored, Path(parent) / "model"))]
+                folders = [
+                    str(
+                        convert(stored, Path(parent) / "model", trust_remote_code=trust_remote_code)
+                    )
+                ]
         if several:
             dist.broadcast_object_list(folders)
         yield folders[0]
@@ -216,10 +228,12 @@ def _hugging_face_folder(model: str, ckpt_step: int | None) -> Iterator[str]:
             dist.barrier()  # before the folder goes
 
 
-def _load(folder: str, dtype: Dtype | None) -> tuple[Any, HuggingFaceTokenizer]:
+def _load(
+    folder: str, dtype: Dtype | None, trust_remote_code: bool
+) -> tuple[Any, HuggingFaceTokenizer]:
     from transformers import AutoModelForCausalLM
 
-    tokenizer = HuggingFaceTokenizer(folder)
+    tokenizer = HuggingFaceTokenizer(folder, trust_remote_code=trust_remote_code)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -230,12 +244,11 @@ def _load(folder: str, dtype: Dtype | None) -> tuple[Any, HuggingFaceTokenizer]:
             folder,
             dtype=stored if dtype is None else getattr(torch, dtype),
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises whatever the broken folder provokes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--model: {folder} cannot be loaded ({reason})") from error
+        raise ValueError(f"--model: {folder} cannot be loaded ({reason(error)})") from error
     if loading["missing_keys"]:  # transformers would go on with random numbers
         raise ValueError(f"--model: {folder} has no tensor {min(loading['missing_keys'])}")
     rows = model.get_input_embeddings().weight.shape[0]

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megatron_sat.bad_input import shorten
 from megatron_sat.corpora import (
     BadRecord,
     Chunk,
@@ -30,6 +31,8 @@ from megatron_sat.corpora import (
     read_chunks,
 )
 from megatron_sat.training.tokenizer import Tokenizer
+
+_MOST_WORKERS = 4096
 
 
 @dataclass(kw_only=True)
@@ -153,6 +156,7 @@ class _Output:
             suffix: path.with_name(f"{path.name}.partial-{os.getpid()}")
             for suffix, path in self.files.items()
         }
+        self._made = [place for place in self.files["bin"].parents if not place.exists()]
         self.files["bin"].parent.mkdir(parents=True, exist_ok=True)
         self.builder = IndexedDatasetBuilder(str(self.partial["bin"]), dtype=dtype)
 
@@ -174,6 +178,9 @@ class _Output:
         self.builder.data_file.close()
         for path in self.partial.values():
             path.unlink(missing_ok=True)
+        for place in self._made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
 
 
 def preprocess(
@@ -204,8 +211,8 @@ def preprocess(
     damaged or of unknown format, output that exists, input without a document, and with `strict`
     the first bad record with its file and line.
     """
-    if workers < 1:
-        raise ValueError(f"--workers is {workers}; valid: at least 1")
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise ValueError(f"--workers is {shorten(workers)}; valid: 1 to {_MOST_WORKERS}")
     files = expand(inputs)
     progress = Progress(bytes_total=sum(Path(path).stat().st_size for path in files))
     encoder = _Encoder(

@@ -171,9 +171,9 @@ def test_flags_and_links_of_the_documentation_exist(page):
     options = {o for action in build_parser()._actions for o in action.option_strings}
     others = {"--num_gpus", "--quiet", "--hostfile", "--work-dir", "--logdir", "--nproc-per-node"}
     others |= {"--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun's
-    others |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
+    others |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--signals-to-handle"}
     others |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task"}  # SLURM's
-    others |= {"--kill-on-bad-exit", "--account", "--partition"}
+    others |= {"--kill-on-bad-exit", "--account", "--partition", "--signal"}
     others |= {"--include_path", "--num_fewshot", "--batch_size", "--device"}  # lm_eval's
     sources = [
         *(REPOSITORY / "tools").glob("*.py"),

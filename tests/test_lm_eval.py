@@ -125,6 +125,10 @@ def test_a_run_is_exported_first(tmp_path: Path) -> None:
     assert run("--limit", "5", **given)[1] == [harness]
     (save / "latest").unlink()
     shutil.rmtree(output)
+    (save / "global_step7").mkdir()  # by which a run is known as well
+    assert run("--limit", "5", **given)[1] == [export, harness]
+    (save / "global_step7").rmdir()
+    shutil.rmtree(output)
     assert run("--limit", "5", **given)[1] == [harness.replace(f"{output}/model", str(save))]
     for missing in given:
         code, lines, error = run(**{name: v for name, v in given.items() if name != missing})

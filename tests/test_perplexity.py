@@ -218,7 +218,7 @@ def test_what_cannot_be_evaluated_is_refused(
     refused("--model: .*absent is not a folder", model=tmp_path / "absent")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest").write_text("global_step1")
-    refused("run_state.json cannot be read", model=tmp_path / "run")
+    refused("there is no checkpoint; give the --save", model=tmp_path / "run")
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     weights = broken / "model.safetensors"

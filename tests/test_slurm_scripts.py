@@ -74,28 +74,23 @@ def test_ranks_are_tasks_and_flags_are_valid(job, script, tmp_path):
     assert config.model.num_layers == (40 if script == "several_nodes.sh" else 32)
 
 
-def test_a_chain_goes_on_from_its_last_checkpoint(job, tmp_path):
+def test_every_start_of_a_chain_is_the_same_command(job, tmp_path):
     save = tmp_path / "sa ve"
-    save.mkdir()
-    config = parse_args(trainer(job("chain.sh", LOAD="runs/base")), world_size=8)
-    assert config.checkpoint.load == "runs/base" and config.finetune
+    first = trainer(job("chain.sh", "--lr", "1e-4", LOAD="runs/base"))
+    (save / "global_step100").mkdir(parents=True)
     (save / "latest").write_text("global_step100")
-    for restarts in ("0", "1"):
-        argv = trainer(job("chain.sh", LOAD="runs/base", SLURM_RESTART_COUNT=restarts))
-        config = parse_args(argv, world_size=8)
-        assert config.checkpoint.load == str(save) and not config.finetune
+    (save / "metrics.jsonl").write_text("lines")
+    restart = job("chain.sh", "--lr", "1e-4", LOAD="runs/base", SLURM_RESTART_COUNT="2")
+    assert trainer(restart) == first
+    assert (save / "metrics.jsonl").read_text() == "lines"
+    config = parse_args(first, world_size=8)
+    assert config.checkpoint.auto_resume and config.checkpoint.save == str(save)
+    assert config.checkpoint.load == "runs/base" and config.finetune
 
 
-def test_a_chain_stopped_before_its_first_checkpoint_begins_anew(job, tmp_path):
-    save = tmp_path / "sa ve"
-    save.mkdir()
-    metrics = save / "metrics.jsonl"
-    metrics.write_text("lines")
-    assert "--load" not in trainer(job("chain.sh"))
-    assert metrics.exists()  # of another run: the trainer refuses the folder
-    assert "--load" not in trainer(job("chain.sh", SLURM_RESTART_COUNT="2"))
-    assert not metrics.exists()
-    assert (save / "metrics-before-restart-2.jsonl").read_text() == "lines"
+@pytest.mark.parametrize("script", ["pretrain_llama2_7b.sh", "pretrain_multinode.sh"])
+def test_the_scripts_that_train_go_on_by_themselves(script):
+    assert "--auto-resume" in (REPOSITORY / "examples" / script).read_text().split()
 
 
 def test_a_run_that_stopped_and_saved_is_requeued(job, tmp_path):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # First, as it silences what Megatron-core says of optional kernels when it is imported.
 import megatron_sat.training  # noqa: F401
+from megatron_sat.bad_input import one_line
 from megatron_sat.blend import blend_rows, parse_part, read_blend, write_blend
 
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.output is not None:
             write_blend(args.output, rows)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
     table = Table("data set")
     for name in ("documents", "tokens", "share", *["epochs"] * (args.tokens is not None)):
         table.add_column(name, justify="right")

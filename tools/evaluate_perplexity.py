@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="windows at a time (default: %(default)s)")
     add("--dtype", choices=get_args(Dtype), help="default: the stored type; float32 on the CPU")
     add("--output", metavar="FILE", help="write the results as JSON")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that a model's or tokenizer's folder holds (default: off)",
+    )
     return parser
 
 
@@ -106,6 +111,12 @@ def _table(report: PerplexityReport) -> Table:
     return table
 
 
+def _check_output(path: str) -> None:
+    """Now, and not when the work is done."""
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+        raise ValueError(f"--output {path} cannot be written; give a file in a folder that can")
+
+
 def _write(path: str, report: PerplexityReport) -> None:
     partial = Path(f"{path}.partial-{os.getpid()}")
     try:
@@ -120,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     if Launch.from_environment().world_size > 1:
         dist.init_process_group("gloo")
     with ranks_agree("looking for the files"):
+        if args.output is not None:
+            _check_output(args.output)
         files = expand(args.data, flag="--data")
     disable_progress_bar()  # of transformers, from every rank
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -134,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             dtype=args.dtype,
             ckpt_step=args.ckpt_step,
+            trust_remote_code=args.trust_remote_code,
             on_document=on_document,
         )
     if first:

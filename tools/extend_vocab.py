@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # First, as it silences what Megatron-core says of optional kernels when it is imported.
 import megatron_sat.training  # noqa: F401
+from megatron_sat.bad_input import one_line
 from megatron_sat.vocabulary import Report, extend_vocabulary
 from megatron_sat.vocabulary.rows import Initialization
 
@@ -91,8 +92,10 @@ def _print(report: Report, console: Console) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    if not args.noise >= 0:
+    if not 0 <= args.noise < float("inf"):
         parser.error(f"--noise is {args.noise}; valid: at least 0")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed is {args.seed}; valid: at least 0 and below 2^63")
     progress = Console(stderr=True)
     try:
         report = extend_vocabulary(
@@ -106,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             on_stage=lambda stage: progress.print(f"{stage} ..."),
         )
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted, nothing was written\n")
     _print(report, Console())

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # First, as it silences what Megatron-core says of optional kernels when it is imported.
 import megatron_sat.training  # noqa: F401
+from megatron_sat.bad_input import one_line
 from megatron_sat.corpora import TextDocuments
 from megatron_sat.preprocess import Progress, preprocess
 from megatron_sat.training.config import TokenizerType
@@ -59,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer-type", choices=get_args(TokenizerType), required=True, help="tokenizer")
     add("--tokenizer-model", help="SentencePiece file or Hugging Face tokenizer folder")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the tokenizer's folder holds (default: off)",
+    )
     add("--vocab-size", type=int, help="vocabulary of NullTokenizer, whose text is token ids")
     add("--append-eod", action="store_true", help="end each document with the end-of-text token")
     add("--strict", action="store_true", help="stop at a bad record instead of leaving it out")
@@ -131,7 +137,12 @@ def main(argv: list[str] | None = None) -> None:
         return preprocess(
             inputs=args.input,
             output_prefix=args.output_prefix,
-            tokenizer=build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size),
+            tokenizer=build_tokenizer(
+                args.tokenizer_type,
+                args.tokenizer_model,
+                args.vocab_size,
+                trust_remote_code=args.trust_remote_code,
+            ),
             json_keys=args.json_keys,
             text_documents=args.text_documents,
             strict=args.strict,
@@ -148,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             done = run(_lines(console))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted, nothing was written\n")
     seconds = time.monotonic() - begin

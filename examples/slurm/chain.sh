@@ -11,7 +11,8 @@
 # They finish their step, save, and end with code 75, and the next start is the run that was never
 # stopped. Where that takes longer than SLURM waits (KillWait, 30 s by default, at a preemption), or
 # a node fails, the steps since the last checkpoint are done again: choose an interval that you can
-# afford to lose.
+# afford to lose. Every start is the same command: --auto-resume finds the last complete checkpoint in
+# SAVE, or begins (LOAD) where there is none.
 #
 # The job is requeued by this script when the ranks have ended with 75; when it is preempted (where
 # the cluster preempts with PreemptMode=REQUEUE) or a node fails, by SLURM. Any other code is an
@@ -30,23 +31,14 @@
 set -euo pipefail
 
 : "${SAVE:?the folder of checkpoints, by which the chain finds where it was}"
-restarts=${SLURM_RESTART_COUNT:-0}
-resume=()
-if [[ -e $SAVE/latest ]]; then
-    resume=(--load "$SAVE")
-    unset LOAD # where the chain began
-elif ((restarts > 0)) && [[ -e $SAVE/metrics.jsonl ]]; then
-    # Stopped before the first checkpoint: begins anew, and keeps what there was to see.
-    mv "$SAVE/metrics.jsonl" "$SAVE/metrics-before-restart-$restarts.jsonl"
-fi
 
 # Since SLURM 22.05 srun does not take it from the job.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export LAUNCHER="srun --kill-on-bad-exit=1 python"
 code=0
-"${SCRIPT:-examples/pretrain_llama2_7b.sh}" "$@" ${resume[@]+"${resume[@]}"} || code=$?
+"${SCRIPT:-examples/pretrain_llama2_7b.sh}" --auto-resume "$@" || code=$?
 if ((code == 75)); then
-    echo "chain.sh: stopped and saved; back to the queue, to go on from $SAVE/latest"
+    echo "chain.sh: stopped and saved; back to the queue, to go on from $SAVE"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -2,17 +2,20 @@
 and the proof that both compute the same. Runs on one machine without a GPU."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sat.bad_input import one_line
 from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.checkpoint.hf_config import HFConfig, read_hf_config
 from megatron_sat.checkpoint.hf_export import MAX_SHARD_BYTES, HFExport, HFWriter
 from megatron_sat.checkpoint.verify import Verification, verify
-from megatron_sat.training.checkpoint import StoredCheckpoint, find_checkpoint
+from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.config import HFDtype, TrainingConfig
 from megatron_sat.training.hf import default_dtype
+from megatron_sat.training.search import find_checkpoint
 
 _TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3, and so on."
 
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -35,6 +38,7 @@ def convert(
     dtype: HFDtype | None = None,
     source: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the model of a checkpoint to the Hugging Face folder `target`.
 
@@ -45,6 +49,7 @@ def convert(
         source: Folder whose config.json, generation config and tokenizer are taken; None: the
             run's `--load-hf`, or what the run's own settings say.
         max_shard_bytes: Largest weights file.
+        trust_remote_code: Run the code that the run's Hugging Face tokenizer comes with.
 
     Returns: `target`.
 
@@ -62,6 +67,7 @@ def convert(
         data=config.data,
         source=description,
         max_shard_bytes=max_shard_bytes,
+        trust_remote_code=trust_remote_code,
     )
     weights = DeepSpeedWeights(stored)
     try:
@@ -126,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="how --verify cuts --load-hf (a checkpoint is read as its run cut it)",
     )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that a tokenizer's or a model's folder holds (default: off)",
+    )
     return parser
 
 
@@ -134,8 +145,14 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("give --load, the --save folder of a run, or --load-hf with --verify")
     if args.save_hf is None and args.verify is None:
         raise ValueError("nothing to do: give --save-hf, --verify or both")
-    if not args.max_shard_size > 0:
+    if not 0 < args.max_shard_size < math.inf:
         raise ValueError(f"--max-shard-size is {args.max_shard_size}; valid: above 0")
+    if not 0 <= args.tolerance < math.inf:
+        raise ValueError(f"--tolerance is {args.tolerance}; valid: at least 0")
+    if args.tensor_model_parallel_size < 1:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}; valid: at least 1"
+        )
     text = args.text
     if args.text_file is not None:
         try:
@@ -152,6 +169,7 @@ def _run(args: argparse.Namespace) -> int:
             dtype=args.save_hf_dtype,
             source=args.load_hf,
             max_shard_bytes=int(args.max_shard_size * 1e9),
+            trust_remote_code=args.trust_remote_code,
         )
         print(f"wrote {args.save_hf} from {stored.folder}")
     if args.verify is None:
@@ -164,6 +182,7 @@ def _run(args: argparse.Namespace) -> int:
         text,
         stored=stored,
         tensor_parallel=args.tensor_model_parallel_size,
+        trust_remote_code=args.trust_remote_code,
     )
     return _report(result, args.tolerance)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.model import is_decayed
+from megatron_sat.training.unpickling import known_globals, reason
 
 Kind: TypeAlias = Literal["weight", "exp_avg", "exp_avg_sq"]
 """What is kept of a parameter: its value, and Adam's first and second moment."""
@@ -304,20 +305,14 @@ def _ordered(optimizer: Mapping[str, Any] | list[dict[str, Any]]) -> list[dict[s
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Mapped from the file: only what is looked at is read."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    """Mapped from the file: only what is looked at is read. Runs no code of it."""
     try:
-        with torch.serialization.safe_globals(known):
+        with known_globals():
             states: dict[str, Any] = torch.load(
                 path, map_location="cpu", mmap=True, weights_only=True
             )
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing from the checkpoint") from error
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or cut short ({reason})") from error
+        raise ValueError(f"{path} is damaged or cut short ({reason(error)})") from error
     return states

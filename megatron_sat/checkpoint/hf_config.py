@@ -1,11 +1,11 @@
 """config.json of a Hugging Face folder, read into `ModelConfig` fields and written from them."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.checkpoint.families import FAMILIES, Family, family_of
 from megatron_sat.training.config import ModelConfig
 
@@ -37,6 +37,8 @@ _LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_SIZES = (*_KEYS.values(), "sliding_window")
+_LARGEST = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def read_hf_config(folder: str | Path) -> HFConfig:
     """
     path = Path(folder) / CONFIG
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("it holds no object")
     except OSError as error:
@@ -92,6 +94,10 @@ def read_hf_config(folder: str | Path) -> HFConfig:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     family = _family(raw, path)
+    _check_numbers({key: raw[key] for key in _SIZES if key in raw}, path)
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(raw.get(key, ""), str | None):
+            raise ValueError(f"{path}: {key} is {shorten(repr(raw[key]))}; valid: as 'bfloat16'")
     from transformers import AutoConfig  # takes seconds to import
 
     try:
@@ -100,14 +106,14 @@ def read_hf_config(folder: str | Path) -> HFConfig:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises whatever the broken file provokes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a valid configuration ({reason})") from error
+        raise ValueError(f"{path} is not a valid configuration ({reason(error)})") from error
     for key, value in family.required.items():
         if getattr(config, key, value) != value:
             raise ValueError(
                 f"{path}: {key} is {getattr(config, key)!r}; for {family.model_type} only "
                 f"{value!r} is supported"
             )
+    _check_numbers({key: getattr(config, key, None) for key in _SIZES}, path)
     fields = {name: getattr(config, key, None) for name, key in _KEYS.items()}
     fields["kv_channels"] = (
         fields["kv_channels"] or config.hidden_size // config.num_attention_heads
@@ -125,6 +131,8 @@ def read_hf_config(folder: str | Path) -> HFConfig:
 def _family(raw: Mapping[str, Any], path: Path) -> Family:
     known = FAMILIES.get(str(raw.get("model_type")))
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     if known is None or (architectures and architectures != [known.architecture]):
         raise ValueError(
             f"{path}: the architecture {', '.join(map(str, architectures)) or 'is not named'} "
@@ -132,6 +140,17 @@ def _family(raw: Mapping[str, Any], path: Path) -> Family:
             + ", ".join(family.architecture for family in FAMILIES.values())
         )
     return known
+
+
+def _check_numbers(values: Mapping[str, Any], path: Path) -> None:
+    """The sizes are above 0; those that transformers fills in may be None."""
+    for key, value in values.items():
+        if value is None and key in ("num_key_value_heads", "head_dim", "sliding_window"):
+            continue
+        kinds = int | float if key == "rms_norm_eps" else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _LARGEST:
+            valid = "a number above 0" if key == "rms_norm_eps" else "a whole number above 0"
+            raise ValueError(f"{path}: {key} is {shorten(repr(value))}; valid: {valid}")
 
 
 def _rotary_fields(parameters: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -145,6 +164,13 @@ def _rotary_fields(parameters: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if parameters.get(key, value) != value:
             raise ValueError(
                 f"{path}: {key} of the rotary embedding is {parameters[key]}; supported: {value}"
+            )
+    for key in ("rope_theta", "factor") if kind == "llama3" else ("rope_theta",):
+        number = parameters.get(key)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1e30:
+            raise ValueError(
+                f"{path}: {key} of the rotary embedding is {shorten(repr(number))}; valid: a "
+                "number above 0"
             )
     fields = {"rotary_base": float(parameters["rope_theta"]), "use_rope_scaling": kind == "llama3"}
     if kind == "llama3":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,6 +53,8 @@ class HFExport:
     """The folder that the model came from: its config.json and generation config are taken, and
     its tokenizer where `data` has none of its kind."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    trust_remote_code: bool = False
+    """Run the code that the tokenizer comes with; what `data` says of it may be a checkpoint's."""
 
     def __post_init__(self) -> None:
         if self.target.exists():
@@ -109,9 +112,11 @@ class HFWriter:
             raise ValueError(f"parameter {name} has values that are not finite; nothing is written")
         self._pending[name] = tensor.to(self._dtype)
         if list(self._pending) == self._shards[self._written]:
-            save_file(
-                self._pending, self._folder / self._file(self._written), metadata={"format": "pt"}
-            )
+            path = self._folder / self._file(self._written)
+            try:
+                save_file(self._pending, path, metadata={"format": "pt"})
+            except SafetensorError as error:  # its only reason here is the disk
+                raise OSError(f"{path} cannot be written ({error})") from error
             self._pending = {}
             self._written += 1
 
@@ -185,7 +190,7 @@ def _copy_tokenizer(export: HFExport, folder: Path) -> dict[str, int]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
-            str(source), local_files_only=True, trust_remote_code=False
+            str(source), local_files_only=True, trust_remote_code=export.trust_remote_code
         )
         names = ("bos_token_id", "eos_token_id")
         return {name: number for name in names if (number := getattr(tokenizer, name)) is not None}

@@ -1,13 +1,16 @@
 """Weights of a Hugging Face folder into a tensor-parallel rank's parameters, part by part."""
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sat.checkpoint.families import Family, dims
-from megatron_sat.checkpoint.hf_reader import HFReader
+from megatron_sat.checkpoint.hf_reader import Buffer, HFReader
 from megatron_sat.checkpoint.layout import Named, Piece, cut
 from megatron_sat.checkpoint.parts import copy_blocks, own_part, row_blocks
 from megatron_sat.training.config import ModelConfig
@@ -57,8 +60,14 @@ class HFWeights:
         another. Types are converted; padding rows of the vocabulary become 0. ValueError, naming
         file and tensor, for values that are not finite.
         """
+        for target, first, block in _one_ahead(self._all_blocks(model, rank, size)):
+            copy_blocks(target, first, [block])
+
+    def _all_blocks(self, model: torch.nn.Module, rank: int, size: int) -> Iterator["_Block"]:
         sizes = dims(self.model, padded_vocabulary=self.padded_vocabulary)
-        parameters = dict(model.named_parameters())
+        parameters: dict[str, Any] = dict(model.named_parameters())
+        # One is read into while the other is made use of.
+        buffers = itertools.cycle((Buffer(), Buffer()))
         for name, named in self.family.parameters(self.model):
             parameter = parameters.pop(name)
             shape = named.layout.local_shape(sizes, rank, size)
@@ -68,13 +77,31 @@ class HFWeights:
             width = shape[1] if len(shape) == 2 else 1
             last = min(first + target.numel(), shape[0] * width)
             pieces = named.pieces(sizes, rank, size)
-            blocks = _blocks(self.reader, named, pieces, (first, last), width)
-            copy_blocks(target, first, blocks)
+            for block in _blocks(self.reader, named, pieces, (first, last), width, buffers):
+                yield target, first, block
         assert not parameters, f"no layout for {', '.join(parameters)}"
 
 
+_Block = tuple[Tensor, int, tuple[int, Tensor]]
+"""A rank's part of a parameter, where it begins in the whole, and as in `copy_blocks`."""
+
+
+def _one_ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
+    """The same blocks; each is read from the disk while the one before it is made use of."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        pending = reader.submit(next, blocks, None)
+        while (block := pending.result()) is not None:
+            pending = reader.submit(next, blocks, None)
+            yield block
+
+
 def _blocks(
-    reader: HFReader, named: Named, pieces: list[Piece], part: tuple[int, int], width: int
+    reader: HFReader,
+    named: Named,
+    pieces: list[Piece],
+    part: tuple[int, int],
+    width: int,
+    buffers: Iterator[Buffer],
 ) -> Iterator[tuple[int, Tensor]]:
     """Blocks of whole rows that hold a flat part of a rank's parameter, each with the flat position
     where it begins."""
@@ -82,13 +109,18 @@ def _blocks(
         if named.layout.axis == 1:
             ((source, first, last),) = pieces
             assert source is not None
-            yield start * width, reader.read(source, rows=(start, stop), columns=(first, last))
+            yield (
+                start * width,
+                reader.read(
+                    source, rows=(start, stop), columns=(first, last), buffer=next(buffers)
+                ),
+            )
             continue
         position = start * width
         for source, first, last in cut(pieces, start, stop):
             if source is None:
                 block = torch.zeros((last - first) * width)
             else:
-                block = reader.read(source, rows=(first, last))
+                block = reader.read(source, rows=(first, last), buffer=next(buffers))
             yield position, block
             position += block.numel()

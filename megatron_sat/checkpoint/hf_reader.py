@@ -1,9 +1,10 @@
 """The weights of a Hugging Face folder, read tensor by tensor and part by part."""
 
 import contextlib
-import json
+import os
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,38 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_sat.bad_input import parse_json, reason
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the values of a safetensors tensor lie in its file, and of what type they are."""
+
+    offset: int
+    dtype: torch.dtype
+
+
+class Buffer:
+    """Memory to read into again and again; new memory costs several times the reading itself."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """Its first `size` bytes, uint8; what lay there is lost."""
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size]
 
 
 class HFReader:
     """The tensors of a folder: `model.safetensors`, or several such files and their index, else
     `pytorch_model.bin` in the same way.
 
-    `shapes` maps names to shapes. What is read is mapped from the file and not kept: memory that a
-    result uses is the operating system's file cache until the caller copies it, and is let go with
-    the result.
+    `shapes` maps names to shapes. Nothing that was read is kept.
 
     Raises:
         ValueError: a file is missing or damaged; it names the file, and the tensor if there is
@@ -31,6 +54,7 @@ class HFReader:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._paths: dict[str, Path] = {}
+        self._places: dict[str, _Place] = {}
         self._bin: tuple[Path, dict[str, Tensor]] | None = None
         expected = self._indexed()
         for path, names in expected.items():
@@ -41,21 +65,49 @@ class HFReader:
         return self._paths[name]
 
     def read(
-        self, name: str, *, rows: tuple[int, int], columns: tuple[int, int] | None = None
+        self,
+        name: str,
+        *,
+        rows: tuple[int, int],
+        columns: tuple[int, int] | None = None,
+        buffer: "Buffer | None" = None,
     ) -> Tensor:
         """Rows `[start, stop)` of a tensor and, of a matrix, columns: on the CPU, in the file's
-        type. ValueError, naming file and tensor, for a value that is not a finite number."""
-        part = (slice(*rows),) if columns is None else (slice(*rows), slice(*columns))
+        type.
+
+        With a `buffer`, the result lies there until its next use. ValueError, naming file and
+        tensor, for a value that is not a finite number.
+        """
         path = self._paths[name]
         if path.suffix == ".safetensors":
-            # Opened anew for each part: the file's pages leave this process with the result.
-            with _open(path) as file:
-                tensor: Tensor = file.get_slice(name)[part]
+            tensor = self._read_rows(name, rows, buffer)
         else:
-            tensor = self._load_bin(path)[name][part]
+            tensor = self._load_bin(path)[name][slice(*rows)]
+        if columns is not None:
+            tensor = tensor[:, slice(*columns)]
         # The extremes are NaN if any value is; nothing is faster.
         if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
             raise ValueError(f"{path}: tensor {name} has values that are not finite numbers")
+        return tensor
+
+    def _read_rows(self, name: str, rows: tuple[int, int], buffer: "Buffer | None") -> Tensor:
+        """Whole rows, in one piece of the file: mapped, they would come in the system's small
+        read-ahead, at a fraction of the disk's speed."""
+        path, place, shape = self._paths[name], self._places[name], self.shapes[name]
+        row_bytes = place.dtype.itemsize * torch.Size(shape[1:]).numel()
+        size = (rows[1] - rows[0]) * row_bytes
+        memory = (buffer or Buffer()).take(size)
+        tensor = memory.view(place.dtype).view(rows[1] - rows[0], *shape[1:])
+        target = memory.numpy().data
+        with open(path, "rb", buffering=0) as file:
+            file.seek(place.offset + rows[0] * row_bytes)
+            while target and (count := file.readinto(target)):
+                target = target[count:]
+        if target:
+            raise ValueError(
+                f"{path} is damaged or cut short (tensor {name} ends behind its "
+                f"{os.path.getsize(path)} bytes)"
+            )
         return tensor
 
     def _indexed(self) -> dict[Path, set[str] | None]:
@@ -74,8 +126,10 @@ class HFReader:
     def _read_index(self, index: Path) -> dict[Path, set[str] | None]:
         files: dict[Path, set[str] | None] = {}
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map: dict[str, str] = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
             for tensor, file in sorted(weight_map.items()):
+                if not file or Path(file).name != file:
+                    raise ValueError(f"{file!r} is not the name of a file beside it")
                 names = files.setdefault(self.folder / file, set())
                 assert names is not None
                 names.add(tensor)
@@ -89,11 +143,24 @@ class HFReader:
             raise ValueError(f"{path} is missing; it holds tensor {some} and others")
         if path.suffix == ".safetensors":
             with _open(path) as file:
-                found = {
-                    name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())
-                }
+                slices = {name: file.get_slice(name) for name in list(file.keys())}
+                found = {name: tuple(item.get_shape()) for name, item in slices.items()}
+                dtypes = {name: item.get_dtype() for name, item in slices.items()}
         else:
-            found = {name: tuple(value.shape) for name, value in self._load_bin(path).items()}
+            tensors = self._load_bin(path)
+            found = {name: tuple(value.shape) for name, value in tensors.items()}
+            dtypes = {name: value.dtype for name, value in tensors.items()}
+        for name, dtype in dtypes.items():
+            if dtype not in (*_FLOATS, *_FLOATS.values()):
+                raise ValueError(
+                    f"{path}: tensor {name} is of type {dtype}; valid: {', '.join(_FLOATS)}, as "
+                    "weights are that are not quantized"
+                )
+        if path.suffix == ".safetensors":
+            offsets = _offsets(path)
+            self._places |= {
+                name: _Place(offsets[name], _FLOATS[dtype]) for name, dtype in dtypes.items()
+            }
         missing = sorted((expected or set()) - set(found))
         if missing:
             raise ValueError(f"{path} lacks tensor {missing[0]}, which the index says it holds")
@@ -107,6 +174,19 @@ class HFReader:
         return self._bin[1]
 
 
+def _offsets(path: Path) -> dict[str, int]:
+    """Where in the file each tensor begins. The safetensors library, which has checked the header,
+    does not tell: 8 bytes with its length, then JSON, then the values."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Any]:
     try:
@@ -114,7 +194,7 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged or cut short ({error}; it has {path.stat().st_size} bytes)"
+            f"{path} is damaged or cut short ({reason(error)}; it has {path.stat().st_size} bytes)"
         ) from error
 
 
@@ -122,11 +202,20 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         try:
-            return dict(torch.load(path, mmap=True, **options))
+            content = torch.load(path, mmap=True, **options)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return dict(torch.load(path, **options))  # torch.save's format before 1.6
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or cut short ({reason})") from error
+            content = torch.load(path, **options)  # torch.save's format before 1.6
+    except pickle.UnpicklingError as error:  # torch's text says how to run what is in the file
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors: only those are unpickled"
+        ) from error
+    except Exception as error:  # the unpickler raises whatever the broken file provokes
+        raise ValueError(f"{path} is damaged or cut short ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no tensors by name, but a {type(content).__name__}")
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{path}: {name!r} is no tensor, but a {type(value).__name__}")
+    return content

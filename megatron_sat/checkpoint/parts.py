@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # Large enough that a disk reads at full speed, small beside any model.
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 16 * 2**20
 
 
 def own_part(parameter: Any) -> tuple[Tensor, int]:

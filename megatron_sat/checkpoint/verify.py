@@ -66,22 +66,24 @@ def verify(
     *,
     stored: StoredCheckpoint | None = None,
     tensor_parallel: int = 1,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Compare `transformers` on `folder` with our model on the checkpoint `stored`, or, without
     one, on `folder` as training reads it on `tensor_parallel` ranks.
 
     A checkpoint's weights are first rounded to the type of the folder's. `text` is token ids,
-    separated by blanks, where the run had no tokenizer.
+    separated by blanks, where the run had no tokenizer. `trust_remote_code` lets `transformers` run
+    code of the folder.
 
     Raises:
         ValueError: something cannot be read, the text is shorter than two tokens, or the two are
             models of different vocabularies.
     """
     source = read_hf_config(folder)
-    ids = _token_ids(source, text, stored)
+    ids = _token_ids(source, text, stored, trust_remote_code)
     if len(ids) < 2:
         raise ValueError(f"--text has {len(ids)} tokens; valid: at least 2")
-    theirs = _transformers_logits(source, ids)
+    theirs = _transformers_logits(source, ids, trust_remote_code)
     if stored is None:
         config = _whole(source.model(), tensor_parallel)
     else:
@@ -104,7 +106,9 @@ def _loss(logits: Tensor, ids: list[int]) -> float:
     return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])))
 
 
-def _token_ids(source: HFConfig, text: str, stored: StoredCheckpoint | None) -> list[int]:
+def _token_ids(
+    source: HFConfig, text: str, stored: StoredCheckpoint | None, trust_remote_code: bool
+) -> list[int]:
     if stored is not None and stored.config.data.tokenizer_type == "NullTokenizer":
         assert stored.config.model.vocab_size is not None
         return NullTokenizer(stored.config.model.vocab_size).tokenize(text)
@@ -112,7 +116,7 @@ def _token_ids(source: HFConfig, text: str, stored: StoredCheckpoint | None) -> 
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(source.folder), local_files_only=True, trust_remote_code=False
+            str(source.folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises whatever the broken file provokes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -121,13 +125,16 @@ def _token_ids(source: HFConfig, text: str, stored: StoredCheckpoint | None) -> 
     return ids
 
 
-def _transformers_logits(source: HFConfig, ids: list[int]) -> Tensor:
+def _transformers_logits(source: HFConfig, ids: list[int], trust_remote_code: bool) -> Tensor:
     """`[tokens, vocabulary]`"""
     from transformers import AutoModelForCausalLM
 
     HFReader(source.folder)  # names what is missing or damaged
     model = AutoModelForCausalLM.from_pretrained(
-        str(source.folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        str(source.folder),
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
     )
     with torch.no_grad():
         logits: Tensor = model.eval()(torch.tensor([ids])).logits[0]
@@ -168,7 +175,7 @@ def _our_logits(
                 nprocs=ranks,
                 start_method="forkserver",
             )
-        logits: Tensor | str = torch.load(result)
+        logits: Tensor | str = torch.load(result, weights_only=True)
     if isinstance(logits, str):
         raise ValueError(logits)
     return logits

@@ -19,7 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sat.ops.backend import warn_once
 
-# cuDNN's kernel is the fastest on Hopper (about 1.8 times PyTorch's flash kernel).
+# cuDNN's kernel is the fastest on Hopper, forward and backward: 1.4 to 1.7 times as fast as
+# flash-attn 2.8 and PyTorch's flash kernel (docs/performance.md).
 _PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -44,8 +45,8 @@ def causal_attention(
     """softmax(scale * q @ k.T, causal) @ v, head by head (paper equation 3).
 
     On CUDA: flash-attn where it is installed and takes the operands, else PyTorch's fused
-    kernels. Under `torch.use_deterministic_algorithms` only kernels with a deterministic
-    backward are used.
+    kernels; on Hopper GPUs and newer, whole sequences without a window go to cuDNN's. Under
+    `torch.use_deterministic_algorithms` only kernels with a deterministic backward are used.
 
     Args:
         q: `[s, b, n, d]`; n a multiple of g, and may be 0.
@@ -86,7 +87,7 @@ def _whole_sequences(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
     """-> [s, b, n, d]"""
-    flash = _flash_attn_for(q)
+    flash = None if window is None and _cudnn_is_faster(q) else _flash_attn_for(q)
     if flash is None and window is not None:
         # The other kernels know windows only by a mask, but for that of documents.
         s, b = q.shape[:2]
@@ -196,6 +197,18 @@ def _flash_attn_for(q: Tensor) -> ModuleType | None:
         warn_once(f"flash-attn is not used, PyTorch's attention kernels are ({reason})")
         return None
     return flash
+
+
+def _cudnn_is_faster(q: Tensor) -> bool:
+    """Whether cuDNN's kernel takes operands like `q`, and faster than flash-attn."""
+    return (
+        q.is_cuda
+        and _flash_kernel_unusable(q) is None
+        and q.shape[3] <= 128
+        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 @functools.cache

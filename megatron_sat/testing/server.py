@@ -240,7 +240,7 @@ class _Layout:
         if self._device == "cuda":
             torch.cuda.set_device(self._rank)
         dist.init_process_group(
-            backend,
+            "cpu:gloo,cuda:nccl" if self._device == "cuda" else backend,  # as the trainer's
             store=dist.FileStore(f"{self._directory}/store{number}", self._world_size),
             rank=self._rank,
             world_size=self._world_size,

@@ -62,7 +62,7 @@ def tiny_run(data: Path, flags: str = "", *, save: Path | None = None) -> list[s
 def train(argv: Sequence[str]) -> Any:
     """Run ``pretrain_sat.py`` with ``argv`` in this process, on a rank of `run_on_ranks`.
 
-    Called on all of them. Returns the ``Trainer`` after its last step.
+    Called on all of them. Returns the ``Trainer`` after its last step, if there was one to do.
     """
     from megatron.core import parallel_state
 
@@ -70,7 +70,8 @@ def train(argv: Sequence[str]) -> Any:
 
     parallel_state.destroy_model_parallel()  # the run makes its own
     trainer = pretrain(argv)
-    trainer.engine.destroy()
+    if trainer is not None:
+        trainer.engine.destroy()
     return trainer
 
 

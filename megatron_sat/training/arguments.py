@@ -2,10 +2,12 @@
 argparse. The flags themselves are in `flags`."""
 
 import argparse
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
+from megatron_sat.bad_input import shorten
 from megatron_sat.checkpoint.hf_config import read_hf_config
 from megatron_sat.config import sat_config_from_args
 from megatron_sat.training.config import (
@@ -23,6 +25,8 @@ from megatron_sat.training.flags import build_parser
 from megatron_sat.training.model_arguments import model_config
 from megatron_sat.training.validation import check_config, check_world_size
 
+_LARGEST = 2**31 - 1
+
 
 def parse_args(
     argv: Sequence[str] | None = None, *, world_size: int | None = None
@@ -35,7 +39,9 @@ def parse_args(
     """
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    _check_given(parser, args)
     user = {} if args.deepspeed_config is None else read_json(args.deepspeed_config)
     tensor_parallel = args.tensor_model_parallel_size
     if tensor_parallel < 1 or world_size % tensor_parallel:
@@ -77,9 +83,35 @@ def parse_args(
         distributed_timeout_minutes=args.distributed_timeout_minutes,
         deepspeed_config=user,
     )
+    _check_finite(parser, args)
     check_config(config)
     check_world_size(config, world_size)
     return config
+
+
+def _check_given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What no flag may be: empty, as a shell variable that is not set, or larger than any count."""
+    for flag, value in _values(parser, args):
+        if value == "" and flag != "--sat-autotune":
+            raise ValueError(f"{flag} is empty; give a value, or leave the flag out")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"{flag} is {shorten(value)}; valid: at most {_LARGEST}")
+
+
+def _check_finite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for flag, value in _values(parser, args):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flag} is {value}; valid: a finite number")
+
+
+def _values(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> Iterator[tuple[str, object]]:
+    """Each flag with its value, and with each of its values where it takes several."""
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            yield action.option_strings[0], item
 
 
 def _pick(kind: Any, args: argparse.Namespace, **others: Any) -> Any:

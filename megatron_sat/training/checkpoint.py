@@ -3,29 +3,27 @@
 A checkpoint is a folder ``<save>/global_step<N>``. DeepSpeed writes parameters and optimizer states
 there; ``run_state.json`` holds progress, configuration, learning-rate schedule and SAT state,
 ``sat_rankings.safetensors`` the rankings of a static selection, ``random_rank_<R>.safetensors`` the
-random states. It is written under another name and renamed when every rank has finished; only then
-does ``<save>/latest`` name it. So ``latest`` always names a complete checkpoint. A copy of it
-may be damaged all the same: ``run_state.json`` knows the size of every other file.
+random states. It is written under another name and renamed when every rank has finished
+(:mod:`megatron_sat.training.saving`); only then does ``<save>/latest`` name it. So ``latest``
+always names a complete checkpoint. A copy of it may be damaged all the same: ``manifest.json``
+knows size and digest of every other file.
 """
 
-import contextlib
-import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_sat.config import SATConfig
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
-from megatron_sat.training.random_state import load_random_state, save_random_state
+from megatron_sat.training.random_state import load_random_state
 
 if TYPE_CHECKING:
     from megatron_sat.training.reshard import Resharding
@@ -35,8 +33,12 @@ RUN_STATE = "run_state.json"
 RANKINGS = "sat_rankings.safetensors"
 UNFINISHED = "unfinished-"
 """Before the name of a checkpoint that is being written."""
-_FORMAT = 1
-_REPLACED = "replaced-"
+REPLACED = "replaced-"
+"""Before the name of one that its successor of the same iteration is about to take."""
+DELETED = "deleted-"
+"""Before the name of one that is being removed."""
+FORMAT = 2
+"""Of run_state.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,57 +67,6 @@ class StoredCheckpoint:
     progress: Progress
     config: TrainingConfig
     run_state: Mapping[str, Any]
-
-
-def find_checkpoint(load: str, *, iteration: int | None = None) -> StoredCheckpoint:
-    """The checkpoint of ``load`` that ``latest`` names, or that of ``iteration``.
-
-    Reads its description only. ValueError, naming the folder, if there is none, or the file that is
-    missing or has not the size with which it was written.
-    """
-    if iteration is not None:
-        folder = Path(load) / _tag(iteration)
-    else:
-        latest = Path(load) / LATEST
-        try:
-            folder = Path(load) / latest.read_text().strip()
-        except OSError as error:
-            raise ValueError(
-                f"--load {load}: there is no checkpoint, the file {latest} cannot be read "
-                f"({error.strerror}); give the --save folder of an earlier run"
-            ) from error
-    replaced = folder.with_name(_REPLACED + folder.name)
-    if not folder.exists() and replaced.exists():  # killed while its successor took its name
-        folder = replaced
-    path = folder / RUN_STATE
-    try:
-        run_state = json.loads(path.read_text())
-        if run_state["format"] != _FORMAT:
-            raise ValueError(f"its format is {run_state['format']}, this version reads {_FORMAT}")
-        stored = StoredCheckpoint(
-            folder=folder,
-            progress=Progress(**run_state["progress"]),
-            config=TrainingConfig.from_dict(run_state["config"]),
-            run_state=run_state,
-        )
-        sizes = dict(run_state["files"])
-    except OSError as error:
-        raise ValueError(
-            f"--load {load}: {folder.name} is not a checkpoint of this trainer, {path} cannot be "
-            f"read ({error.strerror})"
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--load {load}: {path} is damaged: {error}") from error
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"--load {load}: the checkpoint is incomplete, {file} does not exist")
-        if file.stat().st_size != size:
-            raise ValueError(
-                f"--load {load}: {file} is damaged, it has {file.stat().st_size} bytes and had "
-                f"{size} when it was saved"
-            )
-    return stored
 
 
 def check_compatible(stored: StoredCheckpoint, config: TrainingConfig) -> None:
@@ -160,101 +111,14 @@ def compare(where: str, stored: dict[str, Any], wanted: dict[str, Any], advice: 
         raise ValueError(f"{where}: " + "; ".join(differences) + advice)
 
 
-def save_checkpoint(
-    engine: Any,
-    *,
-    config: TrainingConfig,
-    progress: Progress,
-    state: SATState,
-    scheduler_state: Mapping[str, Any],
-    padded_vocab_size: int,
-    data: Mapping[str, Any],
-) -> Path:
-    """Write ``<save>/global_step<iteration>`` and then let ``latest`` name it. Collective.
-
-    RanksStopped on all ranks where one of them cannot write.
-    """
-    assert config.checkpoint.save is not None
-    save = Path(config.checkpoint.save)
-    folder = save / _tag(progress.iteration)
-    unfinished = save / f"{UNFINISHED}{folder.name}"
-    on_first_rank = dist.get_rank() == 0
-    with ranks_agree(f"making room for {folder}"):
-        if on_first_rank and unfinished.exists():  # left by a run that was killed
-            shutil.rmtree(unfinished)
-    with _recorded_failures(engine) as failures:
-        engine.save_checkpoint(str(save), tag=unfinished.name, save_latest=False)
-    with ranks_agree(f"writing {folder}"):
-        if failures:
-            raise failures[0]
-        save_random_state(unfinished / _random_file(dist.get_rank()))
-    with ranks_agree(f"finishing {folder}"):
-        if on_first_rank:
-            sat_state = state.state_dict()
-            rankings = sat_state.pop("rankings")
-            if rankings:
-                save_file(rankings, unfinished / RANKINGS)
-            run_state = {
-                "format": _FORMAT,
-                "progress": asdict(progress),
-                "config": config.to_dict(),
-                "world_size": dist.get_world_size(),
-                "padded_vocab_size": padded_vocab_size,
-                "scheduler": dict(scheduler_state),
-                "data": dict(data),
-                "sat": sat_state,
-                "files": _sizes(unfinished),
-            }
-            (unfinished / RUN_STATE).write_text(json.dumps(run_state, indent=2) + "\n")
-            _publish(unfinished, folder)
-    return folder
-
-
-@contextlib.contextmanager
-def _recorded_failures(engine: Any) -> Iterator[list[Exception]]:
-    """Let DeepSpeed's save go on to its barriers where a file cannot be written, and tell of it.
-
-    The rank that raised there would leave the others waiting.
-    """
-    failures: list[Exception] = []
-    writer = engine.checkpoint_engine
-
-    class _Recorder:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(writer, name)
-
-        def save(self, state_dict: Any, path: str) -> None:
-            try:
-                writer.save(state_dict, path)
-            except Exception as error:
-                failures.append(error)
-
-    engine.checkpoint_engine = _Recorder()
-    try:
-        yield failures
-    finally:
-        engine.checkpoint_engine = writer
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    """Give a complete checkpoint its name, and let ``latest`` say it."""
-    replaced = folder.with_name(_REPLACED + folder.name)
-    if folder.exists():  # the same iteration again, after a resume from an earlier one
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    unfinished.rename(folder)
+def write_latest(folder: Path) -> None:
+    """Let ``latest`` name a checkpoint, in one step."""
     pointer = folder.with_name(f"{LATEST}.tmp")
     with open(pointer, "w") as file:
         file.write(folder.name)
         file.flush()
         os.fsync(file.fileno())
     os.replace(pointer, folder.with_name(LATEST))
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -288,7 +152,7 @@ def load_checkpoint(
         state.load_state_dict(sat_state)
         same_ranks = resharding is None or resharding.keeps_ranks
         if same_ranks and not config.checkpoint.no_load_rng:
-            load_random_state(stored.folder / _random_file(dist.get_rank()))
+            load_random_state(stored.folder / random_file(dist.get_rank()))
     return stored.progress
 
 
@@ -322,9 +186,11 @@ def _reset_optimizer(engine: Any) -> None:
                 values[name] = 0
 
 
-def _tag(iteration: int) -> str:
+def folder_name(iteration: int | str) -> str:
+    """Of a checkpoint, within the ``--save`` folder."""
     return f"global_step{iteration}"
 
 
-def _random_file(rank: int) -> str:
+def random_file(rank: int) -> str:
+    """The name of the file with the random states of ``rank``."""
     return f"random_rank_{rank:05d}.safetensors"

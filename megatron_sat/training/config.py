@@ -171,6 +171,9 @@ class DataConfig:
     """Kind of tokenizer."""
     tokenizer_model: str | None = None
     """SentencePiece file, or Hugging Face tokenizer folder; None for NullTokenizer."""
+    trust_remote_code: bool = False
+    """Run the code that a Hugging Face tokenizer comes with. What a checkpoint says of it is never
+    followed."""
     reset_position_ids: bool = False
     """Positions start anew after each end of document."""
     reset_attention_mask: bool = False
@@ -194,8 +197,18 @@ class CheckpointConfig:
     """Folder for checkpoints and `metrics.jsonl`."""
     load: str | None = None
     """Folder of a checkpoint to go on from."""
+    auto_resume: bool = False
+    """Go on from `save` where it holds a checkpoint, whatever else says how to start."""
     save_interval: int | None = None
     """Iterations between checkpoints; None saves at the end only."""
+    async_save: bool = False
+    """Train on while files are written, from a copy in host memory."""
+    keep_last: int | None = None
+    """How many of the newest checkpoints stay; None keeps all."""
+    keep_every: int | None = None
+    """Checkpoints of iterations that are multiples of it stay too."""
+    max_save_failures: int = 3
+    """Saves in a row that fail before the run stops."""
     ckpt_step: int | None = None
     """Iteration of the checkpoint to load (default: the latest)."""
     no_load_optim: bool = False

@@ -37,11 +37,13 @@ from megatron.core.datasets.utils import Split, normalize
 
 from megatron_sat.training.batches import Dataset
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.indexed_data import IndexedData, check_token_ids, inspect
+from megatron_sat.training.indexed_data import IndexedData, check_index, check_token_ids, inspect
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.tokenizer import Tokenizer
 
 _WHOLE = (0.0, 1.0)
+_MOST_SAMPLES = 2**31 - 1
+_MOST_PASSES = 1_000_000
 
 Described: TypeAlias = dict[str, list[dict[str, Any]]]
 """What the data of a run are, in plain JSON values: the parts of the training data under "train",
@@ -120,7 +122,7 @@ def build_datasets(
     Raises ValueError (with several ranks `RanksStopped`, on all of them) that names the flag and
     the file: files that are missing, truncated or not a data set, bad blend weights, token ids
     beyond the vocabulary, fewer tokens than one sample takes, a cache folder that cannot be
-    written.
+    written or holds something else than arrays.
     """
     with ranks_agree("checking the data"):
         if samples is None:
@@ -143,6 +145,7 @@ def build_datasets(
                     f"--data-cache-path: the index {folder}, which rank 0 wrote, is not there on "
                     f"rank {dist.get_rank()}; give a folder that all nodes share"
                 )
+            _check_cache(folder)
         datasets = {
             name: _construct(source, _gpt_config(source, config, tokenizer, caches[name]))
             for name, source in sources.items()
@@ -189,6 +192,7 @@ def _checked_sources(
             if prefix not in inspected:
                 inspected[prefix] = inspect(prefix, flag=flag)
                 if not dist.is_initialized() or dist.get_rank() == 0:
+                    check_index(inspected[prefix], flag=flag)
                     check_token_ids(inspected[prefix], vocab_size=vocab_size, flag=flag)
         if share is None:
             raise ValueError(f"--split {data.split} leaves no documents for training")
@@ -238,6 +242,20 @@ def _check_size(source: _Source, config: TrainingConfig) -> None:
                 f"{source.flag}: {part.prefix} has {tokens} tokens{where}; one sample of "
                 f"--seq-length {config.model.seq_length} needs {needed}{advice}"
             )
+    if source.samples is None:
+        return
+    # What is drawn is indexed in memory: a count that is a mistake would fill it.
+    passes = (
+        source.samples
+        * config.model.seq_length
+        / sum(part.tokens(source.share) for part in source.parts)
+    )
+    if passes > _MOST_PASSES or source.samples > _MOST_SAMPLES:
+        raise ValueError(
+            f"--train-iters {config.train_iters} x --global-batch-size {config.global_batch_size} "
+            f"is {source.samples} samples, {passes:.3g} passes through {source.flag}; valid: up to "
+            f"{_MOST_SAMPLES} samples and {_MOST_PASSES} passes"
+        )
 
 
 def _advice_on_split(parts: tuple[IndexedData, ...], needed: int) -> str:
@@ -329,6 +347,20 @@ def _cache_folder(source: _Source, config: TrainingConfig, tokenizer: Tokenizer)
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
     root = config.data.data_cache_path or Path(source.parts[0].prefix).parent / "index-cache"
     return Path(root) / f"{source.split.name}-{digest.hexdigest()}"
+
+
+def _check_cache(folder: Path) -> None:
+    """Refuse what is no array of numbers: Megatron-core has numpy unpickle such a file, which calls
+    whatever the file names."""
+    for path in sorted(folder.glob("*.npy")):
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"--data-cache-path: the index {path} is damaged ({error}); remove its folder"
+            ) from error
+        if not isinstance(found, np.ndarray):
+            raise ValueError(f"--data-cache-path: the index {path} is no array; remove its folder")
 
 
 def _write_cache(

@@ -5,12 +5,13 @@ absent or "auto" is filled: from the flag, or from the other fields, or with a d
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.training.config import ModelConfig, TrainingConfig
+from megatron_sat.training.deepspeed_fields import check_fields
 
 # Sections whose work is done here by flags. DeepSpeed would act on some and ignore others.
 OWNED_SECTIONS = {
@@ -41,11 +42,12 @@ def read_json(path: str) -> dict[str, Any]:
     """The user's JSON at `path`.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON object, or has a section that flags own.
+        ValueError: the file cannot be read, is no JSON object, holds a secret, or has a section
+            that flags own, a field that DeepSpeed does not know, a value of the wrong type.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            user = json.load(file)
+            user = parse_json(file.read(), strict=True)
     except OSError as error:
         raise ValueError(f"--deepspeed_config {path}: {error.strerror}") from error
     except ValueError as error:
@@ -58,12 +60,28 @@ def read_json(path: str) -> dict[str, Any]:
                 f'--deepspeed_config {path}: the section "{section}" is not used here; '
                 f"remove it and use {flags}"
             )
+    if (secret := _api_key(user)) is not None:
+        raise ValueError(
+            f'--deepspeed_config {path}: "{secret}" is a secret, which DeepSpeed prints with its '
+            "settings; remove it, and give it in the environment, as COMET_API_KEY"
+        )
+    check_fields(user, where=f"--deepspeed_config {path}")
     if json_value(user, "fp16.enabled"):
         raise ValueError(
             f'--deepspeed_config {path}: "fp16.enabled" is true; fp16 is not supported, '
             "valid are --bf16 and float32 (without it)"
         )
     return user
+
+
+def _api_key(section: Mapping[str, Any], path: str = "") -> str | None:
+    """The dotted path of a key that is filled in."""
+    for name, value in section.items():
+        if name == "api_key" and value:
+            return f"{path}{name}"
+        if isinstance(value, Mapping) and (found := _api_key(value, f"{path}{name}.")) is not None:
+            return found
+    return None
 
 
 def json_value(user: Mapping[str, Any], field: str) -> Any:
@@ -112,6 +130,10 @@ def settle_batch_sizes(
     micro = settle(flag, micro_batch_size, user, field, None)
     total = settle("--global-batch-size", global_batch_size, user, "train_batch_size", None)
     steps = json_value(user, "gradient_accumulation_steps")
+    if steps is not None and steps < 1:
+        raise ValueError(
+            f'"gradient_accumulation_steps" in --deepspeed_config is {steps}; valid: at least 1'
+        )
     if micro is None and total is not None and steps is not None:
         micro, rest = divmod(total, steps * data_parallel_size)
         if rest:
@@ -124,7 +146,7 @@ def settle_batch_sizes(
     if total is None:
         total = micro * data_parallel_size * (1 if steps is None else steps)
     for name, value in ((flag, micro), ("--global-batch-size", total)):
-        if not isinstance(value, int) or value < 1:
+        if value < 1:
             raise ValueError(f"{name} is {value}; valid: an integer of at least 1")
     if total % (micro * data_parallel_size):
         raise ValueError(
@@ -150,10 +172,8 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
 
     Raises:
         ValueError: a field is contradicted by `config`, is "auto" without a value to take, or is
-            one that DeepSpeed does not know.
+            one that DeepSpeed refuses.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     result = copy.deepcopy(config.deepspeed_config)
     if "bfloat16" in result:
         result["bf16"] = result.pop("bfloat16")
@@ -192,11 +212,42 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
                 f'"zero_optimization.{section}" in --deepspeed_config is for "{device}", but '
                 f"--zero-stage is {stage}; valid: at least {least}"
             )
-    try:
-        DeepSpeedZeroConfig(**result["zero_optimization"])
-    except ValueError as error:
-        raise ValueError(f'"zero_optimization" in --deepspeed_config: {error}') from error
+    _try_in_deepspeed(result)
     return result
+
+
+def _try_in_deepspeed(config: Mapping[str, Any]) -> None:
+    """Let DeepSpeed read the configuration now, and not when models and data are there."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    # On its own a rank counts as all: DeepSpeed multiplies the batch sizes by their number.
+    share = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    alone = copy.deepcopy(dict(config)) | {"train_batch_size": share}
+    try:
+        DeepSpeedConfig(alone, mpu=_OneRank)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = _path(config, ".".join(map(str, first["loc"])), first["input"])
+        raise ValueError(
+            f'"{field}" in --deepspeed_config is {shorten(repr(first["input"]))}: {first["msg"]}'
+        ) from error
+    except Exception as error:  # it raises whatever the wrong value provokes
+        raise ValueError(
+            f"--deepspeed_config: DeepSpeed refuses it ({type(error).__name__}: {reason(error)})"
+        ) from error
+
+
+def _path(config: Mapping[str, Any], field: str, value: Any) -> str:
+    """`field` with the name of its section, which DeepSpeed's message lacks."""
+    paths = (f"{section}.{field}" for section in config)
+    return next((path for path in paths if json_value(config, path) == value), field)
+
+
+class _OneRank:
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        return 1
 
 
 def offloads_optimizer(deepspeed_config: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ Flags whose default depends on other flags or on the DeepSpeed JSON are absent (
 """
 
 import argparse
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from megatron_sat.config import add_sat_arguments
 from megatron_sat.training.config import (
@@ -28,6 +28,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+class _VerifyCheckpoint(argparse.Action):
+    """Like --help it ends the program, whatever else is given: with the verification's code."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        # It needs what needs this module.
+        from megatron_sat.training.verify_checkpoint import main
+
+        raise SystemExit(main(values))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -235,6 +245,11 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         help="SentencePiece file or Hugging Face tokenizer folder (default: --load-hf)",
     )
     add(
+        "--trust-remote-code",
+        action="store_true",
+        help=f"run the Python code that the tokenizer's folder holds {_OFF}",
+    )
+    add(
         "--reset-position-ids",
         action="store_true",
         help=f"positions restart after a document {_OFF}",
@@ -255,7 +270,44 @@ def _add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="--save directory of a run to go on from (default: a new run)",
     )
+    add(
+        "--auto-resume",
+        action="store_true",
+        help="go on from --save if a checkpoint is there, else start as the other flags say: one "
+        f"command for the first start and every restart {_OFF}",
+    )
+    add(
+        "--verify-checkpoint",
+        action=_VerifyCheckpoint,
+        metavar="DIR",
+        help="compare the checkpoints of a --save directory with their manifests, and end, with "
+        "code 1 if one is damaged (default: off)",
+    )
     add("--save-interval", type=int, help="iterations between checkpoints (default: the end)")
+    add(
+        "--async-save",
+        action="store_true",
+        help=f"train on while files are written, from a copy in host memory {_OFF}",
+    )
+    add(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="keep the newest N checkpoints (default: all)",
+    )
+    add(
+        "--keep-every",
+        type=int,
+        metavar="K",
+        help="keep those of iterations that K divides too (default: none)",
+    )
+    add(
+        "--max-save-failures",
+        type=int,
+        default=3,
+        metavar="N",
+        help=f"saves in a row that fail before the run stops {_DEFAULT}",
+    )
     add("--ckpt-step", type=int, help="iteration of the checkpoint (default: the latest)")
     add("--finetune", action="store_true", help=f"a new stage: weights alone, iteration 0 {_OFF}")
     add("--no-load-optim", action="store_true", help=f"leave the optimizer's state behind {_OFF}")

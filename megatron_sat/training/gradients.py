@@ -1,4 +1,6 @@
-"""The gradient norm where DeepSpeed has none: ZeRO stage 0 in float32."""
+"""The gradient norm where DeepSpeed has none, ZeRO stage 0 in float32; what it leaves behind."""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,3 +32,15 @@ def discard_gradients(model: torch.nn.Module) -> None:
     """Make the coming optimizer step change nothing: AdamW passes over what has no gradient."""
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def forget_skipped_gradients(optimizer: Any) -> None:
+    """After a step that was skipped: let nothing of its gradients be there in the next one.
+
+    At ZeRO stages 1 and 2 in bfloat16 with the optimizer on the CPU, DeepSpeed (0.19.8) keeps the
+    float32 sum and adds the next step's to it: all later steps would be skipped, too. Elsewhere it
+    drops it as is done here.
+    """
+    if hasattr(optimizer, "params_in_partition"):
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None

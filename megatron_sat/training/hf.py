@@ -74,19 +74,23 @@ def plan_export(
 ) -> HFExport:
     """What `--save-hf` writes at `iteration`, or at the end. ValueError if it cannot be done."""
     checkpoint = config.checkpoint
-    assert checkpoint.save_hf is not None
-    target = Path(checkpoint.save_hf)
-    if iteration is not None:
-        target /= f"iter_{iteration:07d}"
     source = None if checkpoint.load_hf is None else read_hf_config(checkpoint.load_hf)
     return HFExport(
-        target=target,
+        target=export_folder(config, iteration),
         model=config.model,
         padded_vocabulary=padded_vocab,
         dtype=checkpoint.save_hf_dtype or default_dtype(config, source),
         data=config.data,
         source=source,
+        trust_remote_code=config.data.trust_remote_code,
     )
+
+
+def export_folder(config: TrainingConfig, iteration: int | None) -> Path:
+    """Where `--save-hf` writes at `iteration`, or at the end."""
+    assert config.checkpoint.save_hf is not None
+    target = Path(config.checkpoint.save_hf)
+    return target if iteration is None else target / f"iter_{iteration:07d}"
 
 
 def default_dtype(config: TrainingConfig, source: HFConfig | None) -> HFDtype:
@@ -97,8 +101,11 @@ def default_dtype(config: TrainingConfig, source: HFConfig | None) -> HFDtype:
     return "bfloat16"
 
 
-def check_exports(config: TrainingConfig, *, padded_vocab: int, iteration: int) -> None:
-    """Refuse, before any work, exports that could not be written by the run from `iteration` on."""
+def check_exports(
+    config: TrainingConfig, *, padded_vocab: int, iteration: int, continues: bool
+) -> None:
+    """Refuse, before any work, exports that could not be written by the run from `iteration` on.
+    A run that `continues` what lies in its folders leaves later ones of every save behind."""
     checkpoint = config.checkpoint
     if checkpoint.save_hf is None:
         return
@@ -109,6 +116,8 @@ def check_exports(config: TrainingConfig, *, padded_vocab: int, iteration: int) 
     if interval := checkpoint.save_interval:
         steps += range((iteration // interval + 1) * interval, config.train_iters, interval)
     for step in steps:
+        if continues and export_folder(config, step).exists():
+            continue
         plan_export(config, padded_vocab=padded_vocab, iteration=step)
 
 

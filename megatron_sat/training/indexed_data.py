@@ -22,6 +22,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _SCANNED_TOKENS = 1 << 22
 _SCANNED_BLOCKS = 64
+_SCANNED_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,11 @@ class IndexedData:
     """Integer type of the tokens."""
     lengths: np.ndarray
     """Tokens of each document, [documents] int32."""
+    offsets: np.ndarray
+    """Where each document begins in the `.bin`, in bytes, [documents] int64."""
+    ends: np.ndarray
+    """0, and after how many sequences each document ends, [documents + 1] int64. Nothing here
+    reads them but `check_index`."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,13 +62,13 @@ def inspect(prefix: str, *, flag: str) -> IndexedData:
 
     `flag` names the option that gave the prefix. Raises ValueError naming it and the file: one
     that is missing or unreadable, a foreign or truncated index, a `.bin` of another size than the
-    index says, a data set without documents.
+    index says, lengths below 0, a data set without documents.
     """
     idx, bin_ = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
-    for path in (idx, bin_):
-        if not path.is_file():
-            raise ValueError(f"{flag}: {path} does not exist{_hint(prefix)}")
     try:
+        for path in (idx, bin_):
+            if not path.is_file():
+                raise ValueError(f"{flag}: {path} does not exist{_hint(prefix)}")
         with idx.open("rb") as stream:
             header = stream.read(_HEADER.size)
         idx_size, bin_size = idx.stat().st_size, bin_.stat().st_size
@@ -91,7 +97,19 @@ def inspect(prefix: str, *, flag: str) -> IndexedData:
     if sequences == 0:
         raise ValueError(f"{flag}: {idx} holds no documents")
 
-    lengths = np.memmap(idx, np.int32, "r", offset=_HEADER.size, shape=(sequences,))
+    position = _HEADER.size
+    lengths = np.memmap(idx, np.int32, "r", offset=position, shape=(sequences,))
+    if lengths.min() < 0:
+        at = int(lengths.argmin())
+        raise ValueError(
+            f"{flag}: {idx} is damaged: it says that document {at} has {lengths[at]} tokens"
+        )
+    position += lengths.nbytes
+    offsets = np.memmap(idx, np.int64, "r", offset=position, shape=(sequences,))
+    position += offsets.nbytes
+    ends = np.empty(0, np.int64)
+    if document_ends:
+        ends = np.memmap(idx, np.int64, "r", offset=position, shape=(document_ends,))
     dtype = np.dtype(DType.dtype_from_code(code))
     expected = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if bin_size != expected:
@@ -101,7 +119,7 @@ def inspect(prefix: str, *, flag: str) -> IndexedData:
         )
     if expected == 0:
         raise ValueError(f"{flag}: {bin_} holds no tokens")
-    return IndexedData(prefix=prefix, dtype=dtype, lengths=lengths)
+    return IndexedData(prefix=prefix, dtype=dtype, lengths=lengths, offsets=offsets, ends=ends)
 
 
 def _hint(prefix: str) -> str:
@@ -113,6 +131,46 @@ def _hint(prefix: str) -> str:
     if not written:
         return ""
     return "; is it " + " or ".join(str(path)[: -len(".idx")] for path in written) + "?"
+
+
+def check_index(data: IndexedData, *, flag: str) -> None:
+    """Whether the documents of the index lie one after the other, as Megatron-core writes them.
+
+    Reads all of the index. Raises ValueError naming `flag`, the file and the first document that
+    does not.
+    """
+    idx = get_idx_path(data.prefix)
+    expected = 0
+    for begin in range(0, len(data.lengths), _SCANNED_ENTRIES):
+        part = slice(begin, begin + _SCANNED_ENTRIES)
+        stops = expected + data.lengths[part].cumsum(dtype=np.int64) * data.dtype.itemsize
+        starts = np.concatenate([[expected], stops[:-1]])
+        wrong = np.flatnonzero(data.offsets[part] != starts)
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"{flag}: {idx} is damaged: document {begin + at} begins at byte "
+                f"{data.offsets[begin + at]} of the .bin; by the lengths of those before it, that "
+                f"is byte {starts[at]}"
+            )
+        expected = int(stops[-1])
+    last = 0
+    for begin in range(0, len(data.ends), _SCANNED_ENTRIES):
+        entries = data.ends[begin : begin + _SCANNED_ENTRIES]
+        steps = np.diff(entries, prepend=last if begin else entries[0])
+        wrong = np.flatnonzero((steps < 0) | (entries < 0) | (entries > len(data.lengths)))
+        if len(wrong) or (begin == 0 and entries[0] != 0):
+            at = int(wrong[0]) if len(wrong) else 0
+            raise ValueError(
+                f"{flag}: {idx} is damaged: entry {begin + at} of its document ends is "
+                f"{entries[at]}; they rise from 0 to {len(data.lengths)}"
+            )
+        last = int(entries[-1])
+    if last != len(data.lengths):
+        raise ValueError(
+            f"{flag}: {idx} is damaged: its document ends stop at {last} of {len(data.lengths)} "
+            "documents"
+        )
 
 
 def check_token_ids(data: IndexedData, *, vocab_size: int, flag: str) -> None:

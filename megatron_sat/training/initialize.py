@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron_sat.bad_input import one_line
 from megatron_sat.cpu import enable_cpu_path
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
@@ -29,12 +30,14 @@ from megatron_sat.training.launch import Launch
 class RanksStopped(RunEnded):
     """Raised on all ranks when at least one of them failed in `ranks_agree`.
 
-    `by_user` tells a mistake of the user's (ValueError, OSError) from a fault of the program.
+    `by_user` tells a mistake of the user's (ValueError, OSError) from a fault of the program,
+    `by_disk` an OSError from the rest.
     """
 
-    def __init__(self, message: str, *, by_user: bool) -> None:
+    def __init__(self, message: str, *, by_user: bool, by_disk: bool = False) -> None:
         super().__init__(message, ExitCode.MISTAKE if by_user else ExitCode.FAULT)
         self.by_user = by_user
+        self.by_disk = by_disk
 
 
 class ModelParallelUnit:
@@ -168,7 +171,10 @@ def ranks_agree(doing: str) -> Iterator[None]:
         if failure is not None:
             raise failure
         return
-    report = None if failure is None else (_by_user(failure), str(failure), type(failure).__name__)
+    report = None
+    if failure is not None:
+        by_disk = isinstance(failure, OSError)
+        report = (_by_user(failure), str(failure), type(failure).__name__, by_disk)
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, report)
     failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
@@ -177,10 +183,10 @@ def ranks_agree(doing: str) -> Iterator[None]:
     if failure is not None and not _by_user(failure):
         raise failure
     # A fault of the program on any rank matters more than what a user could mend.
-    rank, (by_user, message, kind) = min(failed, key=lambda item: (item[1][0], item[0]))
+    rank, (by_user, message, kind, by_disk) = min(failed, key=lambda item: (item[1][0], item[0]))
     if not by_user:
         message = f"rank {rank} failed while {doing}: {kind}: {message}"
-    raise RanksStopped(message, by_user=by_user) from failure
+    raise RanksStopped(message, by_user=by_user, by_disk=by_disk) from failure
 
 
 def run(main: Callable[[], object]) -> int:
@@ -197,7 +203,7 @@ def run(main: Callable[[], object]) -> int:
             raise
         report_error(str(error), kind="stopped" if error.code == ExitCode.STOPPED else "error")
         return error.code
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if dist.is_initialized():
             # Outside of `ranks_agree` others may not know of it, and it may be the program's.
             raise
@@ -211,7 +217,7 @@ def run(main: Callable[[], object]) -> int:
 
 def report_error(message: str, *, kind: str = "error", by_all: bool = False) -> None:
     """Print why the run ends, on rank 0 (or `by_all`), and tell torchrun."""
-    message = f"{kind}: {message}"
+    message = f"{kind}: {one_line(message)}"
     if by_all or not dist.is_initialized() or dist.get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

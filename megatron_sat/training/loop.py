@@ -16,11 +16,15 @@ from megatron_sat.communication import check_equal_subsets
 from megatron_sat.flops import ModelShape, training_flops
 from megatron_sat.state import SATState
 from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
-from megatron_sat.training.checkpoint import Progress, save_checkpoint
+from megatron_sat.training.checkpoint import Progress
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Datasets
 from megatron_sat.training.display import Display
-from megatron_sat.training.gradients import discard_gradients, gradient_norm
+from megatron_sat.training.gradients import (
+    discard_gradients,
+    forget_skipped_gradients,
+    gradient_norm,
+)
 from megatron_sat.training.hf import export, plan_export
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.learning_rate import LearningRate
@@ -28,6 +32,7 @@ from megatron_sat.training.meter import IntervalMeter
 from megatron_sat.training.metrics import EvalRecord, MetricsSinks, SpikeRecord, TrainRecord
 from megatron_sat.training.replicas import check_replicas
 from megatron_sat.training.rollback import roll_back, snapshot_folder, write_spike
+from megatron_sat.training.saving import CheckpointSaver
 from megatron_sat.training.stop import Stopped, Stopping
 from megatron_sat.training.watch import (
     MOST_ROLLBACKS,
@@ -63,6 +68,7 @@ class Trainer:
         padded_vocab_size: int,
         sinks: MetricsSinks,
         display: Display,
+        last_saved: Path | None = None,
         stopping: Stopping | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
@@ -85,11 +91,10 @@ class Trainer:
         if self._checks_gradients:
             engine.optimizer.register_step_pre_hook(self._before_optimizer)
         self._gradient_norm: Tensor | float | None = None
-        self.last_saved: Path | None = None
-        """The last complete checkpoint of this run, or the one that it goes on from."""
         self._stopping = Stopping() if stopping is None else stopping
         self._watchdog = Watchdog() if watchdog is None else watchdog
         self._stops: str | None = None
+        self._is_first_step = True
         self._step_losses: list[tuple[Tensor, Tensor]] = []
         self._gradients = NonFiniteGradients(engine)
         self._skips = SkippedSteps(most=config.watch.max_skipped_steps, gradients=self._gradients)
@@ -99,7 +104,7 @@ class Trainer:
                 config.watch.loss_spike_threshold, losses=progress.recent_losses
             )
         self._spike: Spike | None = None
-        self._rollbacks = 0  # to `last_saved`
+        self._rolled_back_to: list[Path] = []
         self._meter = IntervalMeter(
             device=self._device,
             data_parallel_group=self._data_parallel_group,
@@ -107,19 +112,30 @@ class Trainer:
             tokens=progress.consumed_tokens,
             skipped_steps=progress.skipped_steps,
         )
+        self._saver = CheckpointSaver(engine, config, say=display.message, last_saved=last_saved)
+
+    @property
+    def last_saved(self) -> Path | None:
+        """The last complete checkpoint of this run, or the one that it went on from."""
+        return self._saver.last_saved
 
     def train(self) -> None:
         """Run all steps that are left, evaluating, logging and saving on the way.
 
-        Stopped, after saving, where the run is to end early; WrongNumbers where it must.
+        Stopped, after saving, where the run is to end early; WrongNumbers where it must; RunEnded
+        where saving fails too often. All of them on all ranks.
         """
+        with self._saver:
+            self._train()
+
+    def _train(self) -> None:
         config = self.config
         self._stopping.training_begins()
         if self.iteration == 0:
             self.evaluate()
             self._stop_if(self._stopping.ask(0))
         if self.iteration >= config.train_iters and config.checkpoint.save_hf is not None:
-            self._save_hf()  # of a run that was complete without it
+            self._save_hf(last=True)  # of a run that was complete without it
         self.engine.train()
         batches = self._train_batches()
         self._meter.start()
@@ -127,6 +143,7 @@ class Trainer:
             self.train_step(batches)
             stops, self._stops = self._stops, None
             self.display.step(self.iteration)
+            self.poll_saving()
             is_last = self.iteration == config.train_iters
             interval = config.checkpoint.save_interval
             saves = is_last or (interval is not None and self.iteration % interval == 0)
@@ -146,16 +163,15 @@ class Trainer:
                     self.log()
             if saves or stops:
                 with self._meter.paused():
-                    self.save()
+                    self.save(last=is_last or stops is not None)
                 stops = stops or self._stopping.ask(self.iteration)
             if not is_last:
                 self._stop_if(stops)
-        self.finish_saving()
 
     def _stop_if(self, reason: str | None) -> None:
         if reason is None:
             return
-        self.finish_saving()
+        self.finish_saving(last=True)
         saved = f"{self.last_saved} is its last checkpoint"
         if self.config.checkpoint.save is None:
             saved = "nothing is saved without --save"
@@ -163,32 +179,31 @@ class Trainer:
             saved = "there was nothing to save yet"
         raise Stopped(f"{reason} after iteration {self.iteration}; {saved}")
 
-    def finish_saving(self) -> None:
-        """Wait until a save that was begun is complete: it always is."""
-
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over all its micro-batches."""
         config, engine = self.config, self.engine
         self.learning_rate.set_iteration(self.iteration)
         self.state.begin_step(self.iteration + 1)
         self._step_losses.clear()
+        compiles, self._is_first_step = self._is_first_step, False
         for index in range(engine.gradient_accumulation_steps()):
-            self._watchdog.at("loading a batch", iteration=self.iteration + 1)
+            self._watchdog.at("loading a batch", iteration=self.iteration + 1, slow=compiles)
             batch = next(batches).to(self._device)
             self.state.begin_micro_batch(index, batch.token_mask)
-            self._watchdog.at("the forward pass")
+            self._watchdog.at("the forward pass", slow=compiles)
             loss_sum, count = self._loss(batch)
             self._meter.add_loss(loss_sum, count)
             self._step_losses.append((loss_sum.detach(), count))
-            self._watchdog.at("the backward pass")
+            self._watchdog.at("the backward pass", slow=compiles)
             engine.backward(loss_sum / loss_denominator(loss_sum, count))
             if engine.is_gradient_accumulation_boundary():
-                self._watchdog.at("the optimizer's step")
+                self._watchdog.at("the optimizer's step", slow=compiles)
                 self._stopping.begin()
                 if self._checks_gradients:
                     self._gradient_norm = gradient_norm(engine.module)
                     if not self._gradients_are_finite():
                         self._gradients.look()  # before they are clipped by what is not finite
+                self._saver.before_update()
             engine.step()
         self._stops = self._stopping.answer(self.iteration + 1)
         if self._checks_gradients:
@@ -212,6 +227,7 @@ class Trainer:
         watch = self.config.watch
         self._watchdog.at("looking at the numbers")
         if skipped:
+            forget_skipped_gradients(self.engine.optimizer)
             losses = [loss for loss, _ in self._step_losses]
             self.display.message(
                 " " + self._skips.skipped(self.iteration, losses, last_saved=self.last_saved)
@@ -244,7 +260,7 @@ class Trainer:
             write_spike(
                 folder, record, losses=list(self._spikes.losses)[:-1], lr=self.learning_rate.lr
             )
-            self._write_checkpoint(folder)
+            self.save_snapshot(folder)
             message += f"; snapshot in {folder}"
         if self.config.watch.rollback_on_spike:
             back = self._roll_back(message)
@@ -260,14 +276,14 @@ class Trainer:
     def _roll_back(self, why: str) -> int | None:
         if self.last_saved is None:
             return None
-        if self._rollbacks == MOST_ROLLBACKS:
+        if self._rolled_back_to.count(self.last_saved) == MOST_ROLLBACKS:
             raise WrongNumbers(
                 f"{why.strip()}, after {MOST_ROLLBACKS} rollbacks to one checkpoint",
                 last_saved=self.last_saved,
             )
         back = roll_back(self.engine, self.last_saved, config=self.config, state=self.state)
         if back is not None:
-            self._rollbacks += 1
+            self._rolled_back_to.append(self.last_saved)
             # They count the run's steps, which go on.
             self.engine.global_steps = self.iteration
             self.engine.global_samples = self.consumed_samples
@@ -359,47 +375,66 @@ class Trainer:
         loss_sum, count = total.tolist()
         return loss_sum / count if count else math.nan
 
-    def save(self) -> None:
-        """Write a checkpoint and a Hugging Face folder, where there is a place for them.
-        Collective."""
+    def save(self, *, last: bool = False) -> None:
+        """Save a checkpoint and a Hugging Face folder, where there is a place for them. Collective.
+
+        With ``--async-save`` the checkpoint's files are still being written when this returns,
+        unless it is the ``last`` save of the run. RunEnded, on all ranks, where saving has failed
+        once too often; at all, with ``last``.
+        """
         self._watchdog.at("saving", slow=True)
         check_finite_parameters(
             self.engine.module, iteration=self.iteration, last_saved=self.last_saved
         )
-        if self.config.checkpoint.save is not None:
-            self._save_checkpoint()
-        if self.config.checkpoint.save_hf is not None:
-            self._save_hf()
+        checkpoint = self.config.checkpoint
+        if checkpoint.save is not None:
+            self._start_saving()
+            if last or not checkpoint.async_save:
+                self.finish_saving(last=last)
+        complete = self.iteration >= self.config.train_iters
+        if checkpoint.save_hf is not None and (complete or checkpoint.save_hf_every_save):
+            self._save_hf(last=last)
 
-    def _save_checkpoint(self) -> None:
-        assert self.config.checkpoint.save is not None
-        self.last_saved = self._write_checkpoint(Path(self.config.checkpoint.save))
-        self._rollbacks = 0
-        self.display.message(f" saved {self.last_saved}")
+    def save_snapshot(self, folder: Path) -> None:
+        """Save a checkpoint in another ``folder`` than ``--save``, and wait for it. Collective. It
+        is not `last_saved`. RunEnded as :meth:`save`."""
+        self._start_saving(snapshot_in=folder)
+        self.finish_saving()
 
-    def _write_checkpoint(self, save: Path) -> Path:
-        return save_checkpoint(
-            self.engine,
-            config=replace(self.config, checkpoint=replace(self.config.checkpoint, save=str(save))),
+    def _start_saving(self, *, snapshot_in: Path | None = None) -> None:
+        self._saver.start(
             progress=self.progress,
             state=self.state,
             scheduler_state=self.learning_rate.state_dict(),
             padded_vocab_size=self.padded_vocab_size,
             data=self.datasets.described,
+            snapshot_in=snapshot_in,
         )
 
-    def _save_hf(self) -> None:
+    def poll_saving(self) -> None:
+        """Go on with a checkpoint that is being written, without waiting for it. Collective, after
+        every step. RunEnded as :meth:`save`."""
+        self._saver.poll()
+
+    def finish_saving(self, *, last: bool = False) -> None:
+        """Wait for a checkpoint that is still being written. Collective.
+
+        RunEnded as :meth:`save`; ``last``: no other save follows.
+        """
+        self._watchdog.at("waiting for a checkpoint to be written", slow=True)
+        self._saver.finish(last=last)
+
+    def _save_hf(self, *, last: bool) -> None:
         every_save = self.config.checkpoint.save_hf_every_save
-        if not every_save and self.iteration < self.config.train_iters:
-            return
-        with ranks_agree("planning the Hugging Face folder"):
-            plan = plan_export(
-                self.config,
-                padded_vocab=self.padded_vocab_size,
-                iteration=self.iteration if every_save else None,
-            )
-        export(self.engine, plan)
-        self.display.message(f" saved {plan.target}")
+        with self._saver.counted("Hugging Face folder", last=last):
+            with ranks_agree("planning the Hugging Face folder"):
+                plan = plan_export(
+                    self.config,
+                    padded_vocab=self.padded_vocab_size,
+                    iteration=self.iteration if every_save else None,
+                )
+            export(self.engine, plan)
+            self.display.message(f" saved {plan.target}")
 
     @property
     def progress(self) -> Progress:

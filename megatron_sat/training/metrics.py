@@ -5,9 +5,11 @@ TensorBoard and Weights & Biases behind one `MetricsSinks`; other ranks hold `Me
 which does nothing. What a record of an interval says is measured by `meter.IntervalMeter`.
 """
 
+import functools
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -198,6 +200,8 @@ class MetricsWriter:
     saved after the evaluation of its iteration, so a resumed run does not evaluate N again.
     The old file is replaced in one step, so that a crash here loses nothing either.
 
+    A line that cannot be written, as on a full disk, waits for the next one.
+
     ValueError on a file that cannot be read, or whose lines are damaged before the last one.
     """
 
@@ -213,36 +217,64 @@ class MetricsWriter:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._path = path
+        self._waiting = b""
 
     def log(self, record: Record) -> None:
         """Append one line."""
-        line = json.dumps(record.to_dict(), allow_nan=False) + "\n"
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(line)
+        self._waiting += json.dumps(record.to_dict(), allow_nan=False).encode() + b"\n"
+        with _tolerated(f"{self._path}: lines wait to be written"):
+            self._append()
 
     def close(self) -> None:
-        """Nothing is left: every line is in the file."""
+        """Write lines that waited."""
+        with _tolerated(f"{self._path}: its last lines are lost"):
+            self._append()
+
+    def _append(self) -> None:
+        if not self._waiting:
+            return
+        with open(self._path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            written = 0
+            try:
+                while written < len(self._waiting):
+                    written += file.write(self._waiting[written:]) or 0
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting = b""
 
 
 class TensorBoardSink:
-    """TensorBoard events in `folder`. On a resume, events of later iterations are hidden."""
+    """TensorBoard events in `folder`. On a resume, events of later iterations are hidden.
+
+    Events that cannot be written, as on a full disk, are lost; later ones go into another file.
+    """
 
     def __init__(self, folder: str | Path, *, start_iteration: int) -> None:
         # Imported on rank 0 only: it takes seconds.
         from torch.utils.tensorboard import SummaryWriter
 
+        self._open = functools.partial(SummaryWriter, str(folder), flush_secs=30)
+        self._folder = folder
         # TensorBoard purges this step and all later ones; a new run has its iteration 0 to come.
         purge_step = start_iteration + 1 if start_iteration else 0
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+        self._writer: Any = self._open(purge_step=purge_step)
 
     def log(self, record: Record) -> None:
         """Add the record's scalars at its iteration."""
-        for tag, value in record.scalars().items():
-            self._writer.add_scalar(tag, value, record.iteration)
+        writer, self._writer = self._writer, None
+        with _tolerated(f"{self._folder}: TensorBoard events are lost"):
+            writer = writer or self._open()
+            for tag, value in record.scalars().items():
+                writer.add_scalar(tag, value, record.iteration)
+            self._writer = writer
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        if self._writer is not None:
+            with _tolerated(f"{self._folder}: TensorBoard events are lost"):
+                self._writer.close()
 
 
 def _import_wandb(project: str) -> ModuleType:
@@ -345,6 +377,15 @@ def _open_wandb(project: str, **options: Any) -> WandbSink:
         return WandbSink(project, **options)
     except Exception as error:  # the package has no common base for its errors
         raise ValueError(f"--wandb-project {project}: {error}") from error
+
+
+@contextmanager
+def _tolerated(consequence: str) -> Iterator[None]:
+    """Training goes on without a line of its reports."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {consequence} ({error.strerror or error})", file=sys.stderr, flush=True)
 
 
 @contextmanager

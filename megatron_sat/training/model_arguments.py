@@ -4,6 +4,7 @@ import argparse
 from dataclasses import fields
 from typing import Any, get_args
 
+from megatron_sat.bad_input import shorten
 from megatron_sat.checkpoint.hf_config import HFConfig
 from megatron_sat.training.config import ModelConfig, NormalizationName
 
@@ -128,7 +129,12 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(item) for item in text.strip("()[]").split(","))
+    try:
+        return tuple(int(item) for item in text.strip("()[]").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{shorten(repr(text))} is no list of whole numbers, as 4095,0"
+        ) from None
 
 
 def _flag(name: str) -> str:

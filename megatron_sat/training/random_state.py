@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 _TRACKER = "megatron."
 
 
-def save_random_state(path: Path) -> None:
-    """Write the states of Python, NumPy, torch's CPU and CUDA generators and Megatron's tracker."""
+def random_state() -> bytes:
+    """The states of Python, NumPy, torch's CPU and CUDA generators and Megatron's tracker, as the
+    content of a safetensors file."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {
@@ -33,11 +34,11 @@ def save_random_state(path: Path) -> None:
         "python": [version, gauss],
         "numpy": [str(name), int(position), int(has_gauss), float(cached)],
     }
-    save_file(tensors, path, metadata={"rest": json.dumps(rest)})
+    return save(tensors, metadata={"rest": json.dumps(rest)})
 
 
 def load_random_state(path: Path) -> None:
-    """Set what :func:`save_random_state` wrote. ValueError naming a file that is not one."""
+    """Set what :func:`random_state` told, from a file. ValueError naming a file that is not one."""
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()

@@ -1,35 +1,45 @@
 """What a run may go on from, and which folder it may write to."""
 
-import os
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_sat.training.checkpoint import (
+    DELETED,
     LATEST,
+    REPLACED,
     RUN_STATE,
     UNFINISHED,
     Progress,
     StoredCheckpoint,
+    write_latest,
 )
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Described
+from megatron_sat.training.hf import export_folder
 from megatron_sat.training.metrics import METRICS_FILE
+from megatron_sat.training.search import list_checkpoints
+from megatron_sat.training.validation import same_folder
+
+_ABANDONED = "abandoned-"
+"""Before the name of what lies in a --save folder and is no part of its run any more."""
 
 
 def check_save_folder(config: TrainingConfig) -> None:
     """Refuse a `--save` folder whose run would be overwritten: one that holds a run, unless that
     run is what goes on. ValueError, naming the folder and what would be valid."""
-    save, load = config.checkpoint.save, config.checkpoint.load
+    save = config.checkpoint.save
     if save is None:
         return
-    same = load is not None and os.path.realpath(load) == os.path.realpath(save)
-    if same and not config.finetune:
+    if _goes_on_in(config):
         return
     folder = Path(save)
     found = [path.parent.name for path in folder.glob(f"*/{RUN_STATE}")]
-    # A job killed while it saved leaves one that nothing can load.
-    complete = [name for name in found if not name.startswith(UNFINISHED)]
+    # A job killed while it saved, or removed a checkpoint, leaves one that nothing can load.
+    complete = [name for name in found if not name.startswith((UNFINISHED, DELETED))]
     if complete or (folder / LATEST).exists():
         advice = f"give --load {save} to go on with it, or another folder"
         if config.finetune:
@@ -38,13 +48,109 @@ def check_save_folder(config: TrainingConfig) -> None:
                 "--finetune to go on"
             )
         raise ValueError(f"--save {save} holds a run already; {advice}")
-    metrics = folder / METRICS_FILE
-    # Without a step, as after a start that ran out of memory, there is nothing to lose.
-    if metrics.is_file() and b'"kind": "train"' in metrics.read_bytes():
+    if not config.checkpoint.auto_resume and _has_steps(folder / METRICS_FILE):
         raise ValueError(
             f"--save {save} holds the {METRICS_FILE} of a run that saved no checkpoint; remove it, "
-            "or give another folder"
+            "give another folder, or give --auto-resume to begin it anew"
         )
+
+
+def _goes_on_in(config: TrainingConfig) -> bool:
+    """Whether the run goes on in the folder that it is loaded from."""
+    checkpoint = config.checkpoint
+    return same_folder(checkpoint.load, checkpoint.save) and not config.finetune
+
+
+def _has_steps(metrics: Path) -> bool:
+    # Without a step, as after a start that ran out of memory, there is nothing to lose.
+    return metrics.is_file() and b'"kind": "train"' in metrics.read_bytes()
+
+
+def auto_resume(config: TrainingConfig) -> TrainingConfig:
+    """`config` as ``--auto-resume`` means it: going on from ``--save`` if a checkpoint lies there,
+    complete or not, else as it is. Collective.
+
+    What the first start loaded, and how, is left behind then.
+    """
+    save = config.checkpoint.save
+    if not config.checkpoint.auto_resume or save is None:
+        return config
+    found = [bool(list_checkpoints(save))]
+    dist.broadcast_object_list(found)
+    if not found[0]:
+        return config
+    checkpoint = replace(
+        config.checkpoint, load=save, ckpt_step=None, no_load_optim=False, no_load_rng=False
+    )
+    return replace(config, checkpoint=checkpoint, finetune=False)
+
+
+def is_done(stored: StoredCheckpoint, config: TrainingConfig) -> bool:
+    """Whether a restart by ``--auto-resume`` has nothing to do: all steps are done, and the Hugging
+    Face folder that was asked for at the end is written."""
+    checkpoint = config.checkpoint
+    if not checkpoint.auto_resume or checkpoint.load != checkpoint.save:
+        return False
+    if stored.progress.iteration < config.train_iters:
+        return False
+    if checkpoint.save_hf is None:
+        return True
+    iteration = stored.progress.iteration if checkpoint.save_hf_every_save else None
+    return export_folder(config, iteration).exists()
+
+
+def continues(config: TrainingConfig) -> bool:
+    """Whether the run goes on with what lies in its ``--save`` folder, or begins it anew."""
+    checkpoint = config.checkpoint
+    if _goes_on_in(config):
+        return True
+    if not checkpoint.auto_resume or checkpoint.save is None:
+        return False
+    return _has_steps(Path(checkpoint.save) / METRICS_FILE)
+
+
+def set_aside(stored: StoredCheckpoint | None, config: TrainingConfig) -> list[str]:
+    """Give what a start leaves behind in its ``--save`` folder another name, so that nothing takes
+    it for a part of this run; what was done, in a line each. On one rank, before the first step.
+
+    A run that goes on from one of its checkpoints leaves later ones behind, damaged or not; one
+    that begins anew, the metrics of a run that was killed before its first checkpoint; both, later
+    folders of ``--save-hf-every-save``. OSError if they cannot be renamed.
+    """
+    if config.checkpoint.save is None or not continues(config):
+        return []
+    save = Path(config.checkpoint.save)
+    if stored is None or not _goes_on_in(config):
+        kept = _abandon(save / METRICS_FILE)
+        notes = [f"{save} holds no checkpoint: the run begins anew, the metrics so far are {kept}"]
+        return notes + _abandon_exports(config, after=0)
+    notes = []
+    for folder in list_checkpoints(save):
+        if folder.name == stored.folder.name:
+            break
+        notes.append(f"{folder} is later than this start and left behind, as {_abandon(folder)}")
+    if notes:
+        write_latest(save / stored.folder.name.removeprefix(REPLACED))
+    return notes + _abandon_exports(config, after=stored.progress.iteration)
+
+
+def _abandon_exports(config: TrainingConfig, *, after: int) -> list[str]:
+    if config.checkpoint.save_hf is None or not config.checkpoint.save_hf_every_save:
+        return []
+    return [
+        f"{folder} is later than this start and left behind, as {_abandon(folder)}"
+        for folder in sorted(Path(config.checkpoint.save_hf).glob("iter_*"))
+        if (number := folder.name.removeprefix("iter_")).isdecimal() and int(number) > after
+    ]
+
+
+def _abandon(path: Path) -> Path:
+    """Rename it, and return how."""
+    first = path.with_name(_ABANDONED + path.name.removeprefix(REPLACED))
+    names = (first.with_name(f"{first.name}.{number}") for number in itertools.count(2))
+    kept = next(name for name in itertools.chain([first], names) if not name.exists())
+    path.rename(kept)
+    return kept
 
 
 def check_settings(stored: StoredCheckpoint, config: TrainingConfig) -> None:

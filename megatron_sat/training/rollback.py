@@ -9,10 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sat.state import SATState
-from megatron_sat.training.checkpoint import find_checkpoint, load_checkpoint
+from megatron_sat.training.checkpoint import load_checkpoint
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.metrics import SpikeRecord
+from megatron_sat.training.search import find_checkpoint
 
 
 def snapshot_folder(config: TrainingConfig, iteration: int) -> Path | None:

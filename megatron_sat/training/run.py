@@ -21,7 +21,6 @@ from megatron_sat.training.checkpoint import (
     Progress,
     StoredCheckpoint,
     check_compatible,
-    find_checkpoint,
     load_checkpoint,
 )
 from megatron_sat.training.config import TrainingConfig
@@ -43,14 +42,19 @@ from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
 from megatron_sat.training.reshard import Resharding, other_subsets, plan_resharding
 from megatron_sat.training.resume import (
+    auto_resume,
     check_data,
     check_save_folder,
     check_settings,
     comparable_losses,
+    continues,
+    is_done,
     notes_on_resume,
+    set_aside,
     total_samples,
 )
 from megatron_sat.training.run_file import write_run_file
+from megatron_sat.training.search import find_checkpoint
 from megatron_sat.training.stop import Signals, Stopping
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.topology import Topology
@@ -58,16 +62,16 @@ from megatron_sat.training.validation import check_paths, check_sat_layout
 from megatron_sat.training.watchdog import Watchdog
 
 
-def pretrain(argv: Sequence[str] | None = None) -> Trainer:
+def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
     """Continue a pre-training as the command line says (``sys.argv`` by default).
 
     Every rank calls this. A mistake of the user's is raised on all ranks, before training starts
     and with nothing written: see :func:`megatron_sat.training.initialize.run`. Returns the trainer
-    after its last step.
+    after its last step; None where ``--auto-resume`` finds all steps done.
     """
     started = time.monotonic()
     with Signals() as signals:
-        config = start(argv)
+        config = auto_resume(start(argv))
         signals.rank = dist.get_rank()
         stopping = Stopping(
             signals=signals,
@@ -80,7 +84,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer:
             return _pretrain(config, stopping, watchdog)
 
 
-def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) -> Trainer:
+def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) -> Trainer | None:
     """`pretrain`, watched."""
     watchdog.at("building", slow=True)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -98,26 +102,35 @@ def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) ->
             config.data.tokenizer_type,
             config.data.tokenizer_model,
             tokenizer_vocab_size(config),
+            trust_remote_code=config.data.trust_remote_code,
         )
         check_vocabulary(config, tokenizer)
         vocab_size = config.model.vocab_size or tokenizer.vocab_size
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         padded_vocab = _padded_vocab(config, vocab_size)
-        if config.checkpoint.load is not None:
-            stored = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.ckpt_step)
-            check_compatible(stored, config)
+    if config.checkpoint.load is not None:
+        stored = find_checkpoint(
+            config.checkpoint.load,
+            iteration=config.checkpoint.ckpt_step,
+            check=functools.partial(_check_stored, config=config, resuming=resuming),
+            together=True,
+        )
+        if is_done(stored, config):
+            if rank == 0:
+                print(f" nothing is left to do: {stored.folder} has all {config.train_iters} steps")
+            return None
+    with ranks_agree("checking the checkpoint"):
+        if stored is not None:
             resharding = plan_resharding(
                 stored, config, world_size=world_size, padded_vocab=padded_vocab
             )
-            if resuming:
-                check_settings(stored, config)
-                check_resumed(config, stored)
         elif config.checkpoint.load_hf is not None:
             weights = open_weights(config, padded_vocab=padded_vocab)
         check_exports(
             config,
             padded_vocab=padded_vocab,
             iteration=stored.progress.iteration if stored is not None and resuming else 0,
+            continues=continues(config),
         )
     initialize(config)
     topology = Topology.gather()
@@ -156,8 +169,10 @@ def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) ->
 
     sinks, display = MetricsSinks([]), Display()
     run_file: Path | None = None
+    left_behind: list[str] = []
     with ranks_agree("opening the logs"):
         if rank == 0:
+            left_behind = set_aside(stored, config)
             sinks = open_sinks(
                 config.logging,
                 save=config.checkpoint.save,
@@ -190,6 +205,8 @@ def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) ->
         display.message(_describe(config, state, engine, topology, stored, progress, resharding))
         if run_file is not None:
             display.message(f" versions, places of the ranks and all settings: {run_file}")
+        for line in left_behind:
+            display.message(f" {line}")
         if tuned is not None:
             display.message("\n".join(tuned.lines()))
         if stored is not None and resuming:
@@ -206,16 +223,22 @@ def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) ->
                 padded_vocab_size=padded_vocab,
                 sinks=sinks,
                 display=display,
+                last_saved=stored.folder if stored is not None and resuming else None,
                 stopping=stopping,
                 watchdog=watchdog,
             )
-            if stored is not None and resuming:
-                trainer.last_saved = stored.folder
             trainer.train()
             watchdog.at("closing the logs", slow=True)
         finally:
             sinks.close()
     return trainer
+
+
+def _check_stored(stored: StoredCheckpoint, *, config: TrainingConfig, resuming: bool) -> None:
+    check_compatible(stored, config)
+    if resuming:
+        check_settings(stored, config)
+        check_resumed(config, stored)
 
 
 def _padded_vocab(config: TrainingConfig, vocab_size: int) -> int:

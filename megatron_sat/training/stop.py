@@ -41,8 +41,8 @@ class Signals:
     on it is kept in `received`, and a second one, more than `SAME_REQUEST` seconds later, ends the
     process at once. The exit code is then 128 + the signal's number. `rank` is for messages.
 
-    After `Stopped` has left the block, signals are ignored: the process is about to end with a code
-    that launchers, which end the other ranks then, must not change.
+    After `Stopped`, or another end that has a code of its own, has left the block, signals are
+    ignored: launchers then end the other ranks, and must not change the code that those end with.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,11 +65,11 @@ class Signals:
         threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         if not self._before:
             return
+        ends = isinstance(error, RunEnded) and error.code >= ExitCode.LOST_RANK
         for number, handler in self._before.items():
-            ends = kind is not None and issubclass(kind, Stopped)
             signal.signal(number, signal.SIG_IGN if ends else handler or signal.SIG_DFL)
         self._before.clear()
         signal.set_wakeup_fd(-1)

@@ -7,7 +7,8 @@ and `unique_identifiers`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.training.config import TokenizerType
+
+_MOST_TOKENS = 2**31 - 1  # data sets hold token ids in 32 bits
 
 
 class Tokenizer(ABC):
@@ -74,7 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._pieces = SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"--tokenizer-model: {path} is not a SentencePiece model ({error})"
+                f"--tokenizer-model: {path} is not a SentencePiece model ({reason(error)})"
             ) from error
         super().__init__(path, vocab_size=self._pieces.get_piece_size(), eod=self._pieces.eos_id())
 
@@ -92,26 +96,33 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A folder for `transformers.AutoTokenizer`. Nothing is fetched, none of its code is run."""
+    """A folder for `transformers.AutoTokenizer`. Nothing is fetched, and code that the folder holds
+    is run only with `trust_remote_code`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, trust_remote_code: bool = False) -> None:
         if not Path(path).is_dir():
             what = "is a file" if Path(path).is_file() else "does not exist"
             raise ValueError(
                 f"--tokenizer-model: {path} {what}; HuggingFaceTokenizer wants the folder of a "
                 "tokenizer (a SentencePiece .model file goes with SentencePieceTokenizer)"
             )
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            _check_json(Path(path) / name)
         from transformers import AutoTokenizer
 
         try:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
+                path, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # transformers raises whatever the broken file provokes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"--tokenizer-model: {path} comes with Python code of its own; give "
+                    "--trust-remote-code to run it, if you trust it"
+                ) from error
             raise ValueError(
                 f"--tokenizer-model: {path} is not the folder of a Hugging Face tokenizer "
-                f"({reason})"
+                f"({reason(error)})"
             ) from error
         ids = self._tokenizer.get_vocab().values()
         super().__init__(
@@ -141,6 +152,15 @@ class HuggingFaceTokenizer(Tokenizer):
         return text
 
 
+def _check_json(path: Path) -> None:
+    """transformers does not say in which of a folder's files it found what is wrong."""
+    try:
+        if path.exists() and not isinstance(parse_json(path.read_bytes()), dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer-model: {path} is damaged ({reason(error)})") from error
+
+
 class NullTokenizer(Tokenizer):
     """Token ids written as decimal numbers, for benchmarks and tests; the last id is `eod`."""
 
@@ -159,23 +179,31 @@ class NullTokenizer(Tokenizer):
 
 
 def build_tokenizer(
-    tokenizer_type: TokenizerType, tokenizer_model: str | None, vocab_size: int | None = None
+    tokenizer_type: TokenizerType,
+    tokenizer_model: str | None,
+    vocab_size: int | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Tokenizer:
     """Make the tokenizer of `--tokenizer-type` from `--tokenizer-model`.
 
     `vocab_size` is `--vocab-size`, the model's vocabulary before padding: a NullTokenizer has
-    exactly so many ids, any other tokenizer must fit into it.
+    exactly so many ids, any other tokenizer must fit into it. `trust_remote_code` lets a Hugging
+    Face folder run code of its own.
 
     Raises ValueError that names the flag and the file: a missing file, one that is not a
     tokenizer, a tokenizer without an end-of-sequence token or larger than `vocab_size`.
     """
     if tokenizer_type == "NullTokenizer":
-        if vocab_size is None or vocab_size < 1:
-            raise ValueError(f"--tokenizer-type NullTokenizer needs --vocab-size; got {vocab_size}")
+        if vocab_size is None or not 1 <= vocab_size <= _MOST_TOKENS:
+            raise ValueError(
+                f"--tokenizer-type NullTokenizer needs --vocab-size, 1 to {_MOST_TOKENS}; got "
+                f"{shorten(vocab_size)}"
+            )
         return NullTokenizer(vocab_size)
-    classes: dict[str, type[SentencePieceTokenizer | HuggingFaceTokenizer]] = {
+    classes: dict[str, Callable[[str], Tokenizer]] = {
         "SentencePieceTokenizer": SentencePieceTokenizer,
-        "HuggingFaceTokenizer": HuggingFaceTokenizer,
+        "HuggingFaceTokenizer": partial(HuggingFaceTokenizer, trust_remote_code=trust_remote_code),
     }
     if tokenizer_type not in classes:
         raise ValueError(

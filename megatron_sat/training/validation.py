@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_sat.bad_input import reason, shorten
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.watch_arguments import check_watch
+
+_LONGEST_TIMEOUT = 365 * 24 * 60
 
 
 def check_config(config: TrainingConfig) -> None:
@@ -140,6 +143,7 @@ def _check_numbers(config: TrainingConfig) -> None:
         "num_query_groups",
         "kv_channels",
         "seq_length",
+        "max_position_embeddings",
         "make_vocab_size_divisible_by",
         "vocab_size",
     ):
@@ -149,7 +153,11 @@ def _check_numbers(config: TrainingConfig) -> None:
         _at_least("--" + name.replace("_", "-"), getattr(config, name), 1)
     _at_least("--eval-iters", config.eval_iters, 0)
     _at_least("--seed", config.seed, 1)
-    _at_least("--distributed-timeout-minutes", config.distributed_timeout_minutes, 1)
+    if not 1 <= config.distributed_timeout_minutes <= _LONGEST_TIMEOUT:
+        raise ValueError(
+            f"--distributed-timeout-minutes is {config.distributed_timeout_minutes}; valid: 1 to "
+            f"{_LONGEST_TIMEOUT}, a year"
+        )
     _at_least("--log-interval", config.logging.log_interval, 1)
     _at_least("--num-workers", config.data.num_workers, 0)
     _at_least("--init-method-std", model.init_method_std, 0)
@@ -315,7 +323,11 @@ def _check_data(config: TrainingConfig) -> None:
             shares = [float(share) for share in data.split.split(",")]
         except ValueError:
             shares = []
-        if not 1 <= len(shares) <= 3 or not all(s >= 0 for s in shares) or not shares[0] > 0:
+        if (
+            not 1 <= len(shares) <= 3
+            or not all(share >= 0 for share in shares)
+            or not 0 < shares[0] <= sum(shares) < float("inf")
+        ):
             raise ValueError(
                 f"--split is {data.split!r}; valid: up to three shares for training, validation "
                 'and test, as "969,30,1", the first above 0'
@@ -335,11 +347,28 @@ def _check_data(config: TrainingConfig) -> None:
 def _check_checkpoint(config: TrainingConfig) -> None:
     checkpoint = config.checkpoint
     _at_least("--save-interval", checkpoint.save_interval, 1)
+    _at_least("--keep-last", checkpoint.keep_last, 1)
+    _at_least("--keep-every", checkpoint.keep_every, 1)
+    _at_least("--max-save-failures", checkpoint.max_save_failures, 1)
     _at_least("--ckpt-step", checkpoint.ckpt_step, 0)
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        raise ValueError("--save-interval needs --save, the directory for checkpoints")
-    if checkpoint.save_hf_every_save and not checkpoint.save:
-        raise ValueError("--save-hf-every-save needs --save, the directory for checkpoints")
+    for flag, needs_save in (
+        ("--save-interval", checkpoint.save_interval is not None),
+        ("--async-save", checkpoint.async_save),
+        ("--keep-last", checkpoint.keep_last is not None),
+        ("--keep-every", checkpoint.keep_every is not None),
+        ("--save-hf-every-save", checkpoint.save_hf_every_save),
+    ):
+        if needs_save and checkpoint.save is None:
+            raise ValueError(f"{flag} needs --save, the directory for checkpoints")
+    if checkpoint.auto_resume and checkpoint.save is None:
+        raise ValueError("--auto-resume needs --save, the directory that it goes on from")
+    if checkpoint.auto_resume and same_folder(checkpoint.load, checkpoint.save):
+        raise ValueError(
+            f"--auto-resume goes on from --save {checkpoint.save} by itself; leave --load "
+            f"{checkpoint.load} out, or give the folder that the run begins with"
+        )
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        raise ValueError("--keep-every needs --keep-last; without it all checkpoints are kept")
     for flag, needs_save_hf in (
         ("--save-hf-every-save", checkpoint.save_hf_every_save),
         ("--save-hf-dtype", checkpoint.save_hf_dtype is not None),
@@ -360,6 +389,13 @@ def _check_checkpoint(config: TrainingConfig) -> None:
             raise ValueError(f"{flag} needs --load, the directory of a checkpoint")
 
 
+def same_folder(load: str | None, save: str | None) -> bool:
+    """Whether both are given and lead to one folder."""
+    if load is None or save is None:
+        return False
+    return os.path.realpath(load) == os.path.realpath(save)
+
+
 def _check_autotune(config: TrainingConfig) -> None:
     if config.sat_autotune is None or config.sat is None:
         return
@@ -375,8 +411,9 @@ def _check_train_only(config: TrainingConfig) -> None:
         return
     try:
         re.compile(config.train_only)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"--train-only {config.train_only!r} is not a regular expression ({error}); valid: as "
+            f"--train-only {shorten(repr(config.train_only))} is not a regular expression "
+            f"({reason(error)}); valid: as "
             "'word_embeddings|output_layer'"
         ) from error

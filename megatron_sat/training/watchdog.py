@@ -133,6 +133,7 @@ class Watchdog:
         if self._store is not None and self._may_leave:
             with contextlib.suppress(Exception):  # rank 0 may have gone first
                 self._leave(alone=error is not None)
+        self._store = None
 
     def _open_store(self) -> Any:
         """A TCPStore of our own, held by rank 0: the one that the ranks met in may be the

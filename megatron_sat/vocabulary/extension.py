@@ -4,14 +4,15 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.corpora import Record, decode, expand, read_chunks
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.vocabulary.merges import Growth, Merges, PairMerges, PieceMerges, grow
@@ -136,11 +137,14 @@ def _added_tokens(folder: Path, file: TokenizerJson | None) -> dict[int, tuple[s
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return {}
-    content: Mapping[str, Any] = json.loads(path.read_text()).get("added_tokens_decoder", {})
-    return {
-        int(index): (token["content"], bool(token.get("special")))
-        for index, token in content.items()
-    }
+    try:
+        content = parse_json(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        return {
+            int(index): (str(token["content"]), bool(token.get("special")))
+            for index, token in content.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {reason(error)})") from error
 
 
 def read_pieces(path: str) -> list[str]:
@@ -245,11 +249,14 @@ def extend_vocabulary(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(config["vocab_size"], int):
-            raise ValueError("vocab_size is not a number")
+        config: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        rows = config["vocab_size"]
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"vocab_size is {shorten(repr(rows))}; valid: a whole number above 0")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path} cannot be used ({type(error).__name__}: {reason(error)})"
+        ) from error
     return config
 
 
@@ -310,9 +317,14 @@ def _complete_or_absent(output: Path) -> Iterator[Path]:
     if output.exists():
         raise ValueError(f"--output: {output} exists; remove it or give another name")
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    missing = [place for place in partial.parents if not place.exists()]
     partial.mkdir(parents=True)
     try:
         yield partial
         os.rename(partial, output)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for place in missing:
+            with suppress(OSError):  # in use by now
+                place.rmdir()
+        raise

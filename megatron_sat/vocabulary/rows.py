@@ -70,6 +70,11 @@ class RowFiles:
             if name not in shapes:
                 raise ValueError(f"{folder} has no tensor {name}")
         for name in self.names:
+            if len(shapes[name]) != 2:
+                raise ValueError(
+                    f"{self._reader.path(name)}: tensor {name} has shape {list(shapes[name])}; "
+                    "valid: rows and columns"
+                )
             if shapes[name][0] != vocab_size:
                 raise ValueError(
                     f"{self._reader.path(name)}: tensor {name} has {shapes[name][0]} rows, and "

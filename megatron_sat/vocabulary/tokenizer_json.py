@@ -7,6 +7,7 @@ from typing import Any
 
 import tokenizers
 
+from megatron_sat.bad_input import parse_json, reason
 from megatron_sat.vocabulary.sentencepiece_file import SPACE
 
 
@@ -21,10 +22,21 @@ class TokenizerJson:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self._content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            self._content: dict[str, Any] = parse_json(self.path.read_text(encoding="utf-8"))
             self._library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{path} is not a tokenizer ({error})") from error
+            raise ValueError(f"{path} is not a tokenizer ({reason(error)})") from error
+        try:
+            self._read()
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {reason(error)}"
+            raise ValueError(
+                f"{path} is not a tokenizer as its library writes it ({what})"
+            ) from error
+
+    def _read(self) -> None:
+        """Take out of the file what is needed."""
+        path = self.path
         model = self._content["model"]
         if model.get("type", "BPE") != "BPE":
             raise ValueError(f"{path} is a {model['type']} tokenizer; valid: byte-pair encoding")
@@ -33,6 +45,11 @@ class TokenizerJson:
                 raise ValueError(f"{path}: {name} is {model[name]!r}; valid: none")
         self.ids: dict[str, int] = dict(model["vocab"])
         """The id of every piece, added tokens left aside."""
+        self.added_tokens: dict[int, tuple[str, bool]] = {
+            token["id"]: (token["content"], token["special"])
+            for token in self._content["added_tokens"]
+        }
+        """Id to (content, special) of the tokens that are taken out of the text beforehand."""
         self.pairs: list[tuple[str, str]] = [
             (left, right)
             for left, right in (
@@ -49,14 +66,6 @@ class TokenizerJson:
             self.unknown_id = self.ids.get(model["unk_token"])
         else:
             self.unknown_id = None
-
-    @property
-    def added_tokens(self) -> dict[int, tuple[str, bool]]:
-        """Id to (content, special) of the tokens that are taken out of the text beforehand."""
-        return {
-            token["id"]: (token["content"], token["special"])
-            for token in self._content["added_tokens"]
-        }
 
     @property
     def size(self) -> int:

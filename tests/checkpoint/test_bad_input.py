@@ -164,6 +164,16 @@ def test_a_value_that_is_not_finite(folder: Path, value: float) -> None:
         reader.read(UP, rows=(60, 80))
 
 
+def test_a_file_that_gets_shorter_while_it_is_read(folder: Path) -> None:
+    reader = HFReader(folder)
+    path = reader.path(UP)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"{path} is damaged or cut short \(tensor "):
+        for name in reader.shapes:
+            reader.read(name, rows=(0, reader.shapes[name][0]))
+
+
 def run_flags(folder: Path, data: Path, out: Path) -> list[str]:
     return (
         f"--load-hf {folder} --save-hf {out} --seq-length 32 --make-vocab-size-divisible-by 16 "

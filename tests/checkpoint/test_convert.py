@@ -11,7 +11,7 @@ from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.huggingface import write_model
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training.checkpoint import find_checkpoint
+from megatron_sat.training.search import find_checkpoint
 
 
 @pytest.fixture(scope="module")

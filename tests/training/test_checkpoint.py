@@ -1,26 +1,23 @@
 """What a checkpoint holds, what may be loaded from it, and what a crash leaves behind."""
 
-import json
-import os
 import random
 import shutil
-import signal
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training import checkpoint
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.checkpoint import check_compatible, find_checkpoint
+from megatron_sat.training.checkpoint import check_compatible
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
+from megatron_sat.training.search import find_checkpoint
 
 RUN = (
     "--train-iters 4 --lr-decay-iters 4 --lr-decay-style constant --lr-warmup-iters 0 "
@@ -202,93 +199,3 @@ def test_random_states_go_on_unless_they_are_left_behind(tmp_path, tiny_data):
     assert run_on_ranks(draw_while_training, 2, resumed) == [first[2:], second[2:]]
     anew = run_on_ranks(draw_while_training, 2, [*resumed, "--no-load-rng"])
     assert anew == [first[:2], second[:2]]
-
-
-def killed_while_saving(argv: list[str]) -> None:
-    """The last rank dies in the middle of writing the checkpoint of step 4."""
-    save_random_state = checkpoint.save_random_state
-
-    def die(path: Path) -> None:
-        if path.parent.name.endswith("step4") and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        save_random_state(path)
-
-    with mock.patch.object(checkpoint, "save_random_state", die):
-        train(argv)
-
-
-def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, tiny_data):
-    argv = tiny_run(tiny_data, SAVING, save=tmp_path)
-    with pytest.raises(RankError, match="its process died"):
-        run_on_ranks(killed_while_saving, 2, argv)
-    assert (tmp_path / "latest").read_text() == "global_step2"
-    assert (tmp_path / "unfinished-global_step4").is_dir()
-    assert not (tmp_path / "global_step4").exists()
-
-    (tmp_path / "unfinished-global_step4" / "of_another_rank.pt").write_bytes(b"half")
-    train_on_ranks([*argv, "--load", str(tmp_path)], 2)
-    assert not (tmp_path / "global_step4" / "of_another_rank.pt").exists()
-    assert iterations(tmp_path) == [1, 2, 3, 4]
-    assert (tmp_path / "latest").read_text() == "global_step4"
-    assert not (tmp_path / "unfinished-global_step4").exists()
-    assert find_checkpoint(str(tmp_path)).progress.iteration == 4
-
-
-def full_disk(argv: list[str]) -> str:
-    """The second rank cannot write its part of the checkpoint of step 4."""
-    save_random_state = checkpoint.save_random_state
-
-    def fail(path: Path) -> None:
-        if path.parent.name.endswith("step4") and dist.get_rank() == 1:
-            raise OSError(28, "No space left on device", str(path))
-        save_random_state(path)
-
-    with mock.patch.object(checkpoint, "save_random_state", fail):
-        try:
-            train(argv)
-        except RuntimeError as error:
-            return str(error)
-    return "finished"
-
-
-def test_ranks_stop_together_when_one_cannot_save(tmp_path, tiny_data):
-    messages = run_on_ranks(full_disk, 2, tiny_run(tiny_data, SAVING, save=tmp_path))
-    assert messages[0] == messages[1]
-    assert "No space left on device" in messages[0] and "global_step4" in messages[0]
-    assert (tmp_path / "latest").read_text() == "global_step2"
-
-
-def test_a_damaged_checkpoint_is_refused_with_the_file(copied):
-    folder = copied / "global_step4"
-    weights = next(folder.glob("*model_states.pt"))
-    size = weights.stat().st_size
-    os.truncate(weights, size // 2)
-    with pytest.raises(ValueError, match=f"{weights} is damaged, it has {size // 2} bytes and had"):
-        find_checkpoint(str(copied))
-    weights.unlink()
-    with pytest.raises(ValueError, match=f"incomplete, {weights} does not exist"):
-        find_checkpoint(str(copied))
-    find_checkpoint(str(copied), iteration=2)
-
-
-def test_what_is_no_checkpoint_is_refused_with_the_file(copied):
-    description = copied / "global_step4" / "run_state.json"
-    run_state = json.loads(description.read_text())
-    for spoiled, message in (
-        ("{", "is damaged: "),
-        ("[]", "is damaged: "),
-        (json.dumps(run_state | {"format": 99}), "its format is 99, this version reads 1"),
-        (json.dumps(run_state | {"progress": {"steps": 4}}), "is damaged: .*steps"),
-        (json.dumps(run_state | {"config": {"model": {}}}), "is damaged: "),
-    ):
-        description.write_text(spoiled)
-        with pytest.raises(ValueError, match=f"--load {copied}: {description} .*{message}"):
-            find_checkpoint(str(copied))
-    description.unlink()
-    with pytest.raises(ValueError, match=f"global_step4 is not a checkpoint .*{description}"):
-        find_checkpoint(str(copied))
-    with pytest.raises(ValueError, match="global_step3 is not a checkpoint of this trainer"):
-        find_checkpoint(str(copied), iteration=3)
-    (copied / "latest").unlink()
-    with pytest.raises(ValueError, match=f"--load {copied}: there is no checkpoint, .*latest"):
-        find_checkpoint(str(copied))

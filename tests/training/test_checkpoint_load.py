@@ -1,16 +1,14 @@
-"""What a load does not decide, and what a failing write does not leave waiting."""
+"""What a load does not decide, and what it finds after a crash."""
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training.checkpoint import RUN_STATE, find_checkpoint
+from megatron_sat.training.checkpoint import RUN_STATE
+from megatron_sat.training.search import find_checkpoint
 
 RUN = "--train-iters 2 --lr-decay-iters 4 --sat-omission-rate 0.5 --sat-channel-multiple 16 "
 
@@ -34,29 +32,6 @@ def test_the_optimizers_settings_are_those_of_the_flags(
     ((clip_grad, groups),) = run_on_ranks(optimizer_of_a_loaded_run, 1, argv)
     assert clip_grad == 0.25
     assert groups and all(group == ((0.8, 0.9), 1e-6) for group in groups)
-
-
-def save_where_one_rank_cannot_write(argv: list[str]) -> None:
-    write = torch.save
-
-    def fail(state: Any, path: Any, **options: Any) -> None:
-        if dist.get_rank() == 1:
-            raise OSError(28, "No space left on device", str(path))
-        write(state, path, **options)
-
-    with mock.patch("torch.save", fail):
-        train(argv)
-
-
-def test_ranks_stop_together_when_one_cannot_write_its_part(
-    tmp_path: Path, tiny_data: Path
-) -> None:
-    argv = tiny_run(tiny_data, RUN + "--zero-stage 3", save=tmp_path)
-    with pytest.raises(RankError, match="No space left on device") as raised:
-        run_on_ranks(save_where_one_rank_cannot_write, 2, argv, timeout=60)
-    # Rank 0 wrote its part and was told: the lowest rank that failed is named.
-    assert raised.value.rank == 0
-    assert not (tmp_path / "latest").exists()
 
 
 def test_a_run_killed_between_the_two_names_of_a_checkpoint_goes_on(

@@ -166,5 +166,17 @@ def test_missing_file():
 
 def test_unknown_zero_field_is_refused_before_training(tmp_path):
     user = {"zero_optimization": {"offload_optimizer": {"device": "disk"}}}
-    with pytest.raises(ValueError, match=r'"zero_optimization" in --deepspeed_config'):
+    with pytest.raises(
+        ValueError,
+        match=r'"zero_optimization.offload_optimizer.device" in .* is \'disk\': .*\'cpu\'',
+    ):
         build(tmp_path, user, "--micro-batch-size", "1")
+
+
+def test_a_secret_is_refused_where_deepspeed_would_print_it(tmp_path):
+    message = r'"comet\.api_key" is a secret, .* as COMET_API_KEY'
+    with pytest.raises(ValueError, match=message) as error:
+        parse(tmp_path, {"comet": {"enabled": True, "api_key": "s3cret"}})
+    assert "s3cret" not in str(error.value)
+    unset = {"train_micro_batch_size_per_gpu": 1, "comet": {"api_key": None}}
+    assert parse(tmp_path, unset).deepspeed_config == unset

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sat.testing.data import write_documents
 from megatron_sat.training import indexed_data
-from megatron_sat.training.indexed_data import check_token_ids, inspect
+from megatron_sat.training.indexed_data import check_index, check_token_ids, inspect
 
 FLAG = "--data-path"
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10], [11]]
@@ -116,3 +116,26 @@ def test_large_data_sets_are_searched_in_blocks_from_end_to_end(
         data = inspect(write_documents(tmp_path / "long", [tokens]), flag=FLAG)
         with pytest.raises(ValueError, match=f"token id 50 at token {position},"):
             check_token_ids(data, vocab_size=50, flag=FLAG)
+
+
+@pytest.mark.parametrize("entries", [1, 2, 5, 100])
+def test_an_index_is_read_to_its_end_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: int
+) -> None:
+    monkeypatch.setattr(indexed_data, "_SCANNED_ENTRIES", entries)
+    prefix = write_documents(tmp_path / "a", DOCUMENTS)
+    check_index(inspect(prefix, flag=FLAG), flag=FLAG)
+    idx = tmp_path / "a.idx"
+    raw = idx.read_bytes()
+    offsets, ends = 34 + 4 * 5, 34 + 12 * 5
+    for at, value, message in (
+        (offsets + 8 * 0, 4, "document 0 begins at byte 4 of the .bin; .* is byte 0$"),
+        (offsets + 8 * 4, 36, "document 4 begins at byte 36 of the .bin; .* is byte 40$"),
+        (ends + 8 * 0, 1, "entry 0 of its document ends is 1; they rise from 0 to 5$"),
+        (ends + 8 * 3, 1, "entry 3 of its document ends is 1"),
+        (ends + 8 * 5, 6, "entry 5 of its document ends is 6"),
+        (ends + 8 * 5, 4, "its document ends stop at 4 of 5 documents$"),
+    ):
+        idx.write_bytes(raw[:at] + struct.pack("<q", value) + raw[at + 8 :])
+        with pytest.raises(ValueError, match=rf"^{FLAG}: .*a\.idx is damaged: {message}"):
+            check_index(inspect(prefix, flag=FLAG), flag=FLAG)

@@ -1,5 +1,6 @@
 """Records, `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
+import contextlib
 import json
 import math
 import sys
@@ -13,10 +14,12 @@ from megatron_sat.training.metrics import (
     EvalRecord,
     MetricsSinks,
     MetricsWriter,
+    TensorBoardSink,
     TrainRecord,
     open_sinks,
     read_metrics,
 )
+from tests.training.saves import largest_file
 
 
 def train_record(iteration: int, **changes) -> TrainRecord:
@@ -278,3 +281,42 @@ def test_wandb_gets_the_settings_and_the_scalars(tmp_path, monkeypatch):
     sinks.close()
     options = {"project": "adapt", "name": "r05", "dir": str(tmp_path), "config": {"lr": 1e-4}}
     assert calls == [options, (0, 3.0), "finished"]
+
+
+def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, start_iteration=0)
+    writer.log(eval_record(0))
+    size = path.stat().st_size
+    with largest_file(size + 7):  # there is room for a part of the next line
+        writer.log(eval_record(10))
+        writer.log(eval_record(20))
+        assert path.stat().st_size == size
+    assert (
+        capsys.readouterr().err.count(f"warning: {path}: lines wait to be written (File too") == 2
+    )
+    writer.log(eval_record(30))
+    assert [line["iteration"] for line in read_metrics(path)] == [0, 10, 20, 30]
+    with largest_file(path.stat().st_size):
+        writer.log(eval_record(40))
+    writer.close()
+    assert [line["iteration"] for line in read_metrics(path)] == [0, 10, 20, 30, 40]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_when_there_is_room_again(tmp_path, capsys):
+    sink = TensorBoardSink(tmp_path, start_iteration=0)
+    sink.log(eval_record(0))
+    sink._writer.flush()
+    with largest_file(1), contextlib.suppress(OSError):
+        sink.log(eval_record(10))
+        sink._writer.flush()
+    sink.log(eval_record(20))  # the writer's thread has died of it
+    sink.log(eval_record(30))
+    sink.close()
+    assert "TensorBoard events are lost (File too large)" in capsys.readouterr().err
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (tag, *_) = events.Tags()["scalars"]
+    steps = [event.step for event in events.Scalars(tag)]
+    assert steps[0] == 0 and steps[-1] == 30

@@ -16,8 +16,8 @@ from megatron_sat.checkpoint.convert import convert
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training.checkpoint import find_checkpoint
 from megatron_sat.training.loop import Trainer
+from megatron_sat.training.search import find_checkpoint
 
 # Grouped queries with norms, tied embeddings, and a vocabulary that is padded to 132 rows at one
 # tensor-parallel rank and to 136 at two. Four micro-batches a step on each rank.

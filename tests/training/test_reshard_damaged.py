@@ -11,7 +11,8 @@ import torch
 from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.checkpoint.reshard import ReshardedStates, Shard
 from megatron_sat.testing.training import tiny_run, train_on_ranks
-from megatron_sat.training.checkpoint import StoredCheckpoint, find_checkpoint
+from megatron_sat.training.checkpoint import StoredCheckpoint
+from megatron_sat.training.search import find_checkpoint
 
 RUN = "--train-iters 1 --lr-decay-iters 4 --lr-warmup-iters 0 --eval-iters 0 --micro-batch-size 1 "
 FROZEN = "--train-only embedding|layernorm|fc1"

@@ -74,10 +74,10 @@ def slow_saver(*argv: str) -> int:
 
     save = Trainer.save
 
-    def wait(self):
+    def wait(self, **options):
         print("saving", flush=True)
         time.sleep(3)
-        save(self)
+        save(self, **options)
 
     with mock.patch.object(Trainer, "save", wait):
         return trainer(*argv)

@@ -145,6 +145,6 @@ def test_code_in_a_tokenizer_folder_is_not_run(folder: Path) -> None:
     (trap / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Trap", "auto_map": {"AutoTokenizer": ["trap.Trap", None]}})
     )
-    with pytest.raises(ValueError, match="trap is not the folder"):
+    with pytest.raises(ValueError, match="trap comes with Python code of its own"):
         build_tokenizer("HuggingFaceTokenizer", str(trap))
     assert not (trap / "sprung").exists()

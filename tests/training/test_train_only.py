@@ -9,8 +9,9 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.checkpoint import check_compatible, find_checkpoint
+from megatron_sat.training.checkpoint import check_compatible
 from megatron_sat.training.loop import Trainer
+from megatron_sat.training.search import find_checkpoint
 
 ROWS = "word_embeddings|output_layer"
 RUN = (

@@ -111,6 +111,21 @@ def test_what_is_not_finite_reaches_nothing(tmp_path, tiny_data, stage, precisio
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("precision", ["", "--bf16 "])
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_it_reaches_nothing_on_the_cpu_either(tmp_path, tiny_data, stage, precision):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    flags = f"{precision}--zero-stage {stage} --train-iters 6 --eval-iters 0 "
+    argv = tiny_run(tiny_data, f"{flags}--deepspeed_config {path}", save=tmp_path / "save")
+    results = run_on_ranks(spoiled, 2, argv, losses=(3,), gradients=(5,))
+    for changed, _ in results:
+        assert changed == [True, True, False, True, False, True]
+    loss, gradient = results[0][1]
+    assert "not finite: the loss of rank 1; gradients of " in loss
+    assert "not finite: no loss; gradients of " in gradient
+
+
 def gives_up(argv: list[str], losses: tuple[int, ...]) -> tuple[str, int]:
     with pytest.raises(WrongNumbers) as end:
         Spoiler(losses).run(argv)

@@ -1,0 +1,384 @@
+"""Saving checkpoints: what is in them, the threads that write them, and what a failure does.
+
+A save has two parts. Every rank writes its files into ``unfinished-global_step<N>``; when all have
+finished, rank 0 writes the manifest, gives the folder its name, lets ``latest`` say it and removes
+what ``--keep-last`` does not keep. With ``--async-save`` both run on a thread beside training. That
+thread never communicates: at each step boundary while a save is in flight the training threads ask
+each other how far it is. So a checkpoint is complete one step after its files are at the latest,
+and all ranks learn of a failure at the same step.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from megatron_sat.state import SATState
+from megatron_sat.training.checkpoint import (
+    FORMAT,
+    RANKINGS,
+    RUN_STATE,
+    UNFINISHED,
+    Progress,
+    folder_name,
+    random_file,
+)
+from megatron_sat.training.config import TrainingConfig
+from megatron_sat.training.exit_codes import ExitCode, RunEnded
+from megatron_sat.training.initialize import RanksStopped, ranks_agree
+from megatron_sat.training.manifest import Entry, write_manifest
+from megatron_sat.training.publishing import collect, discard, publish
+from megatron_sat.training.random_state import random_state
+from megatron_sat.training.retention import remove_expired, remove_leftovers
+from megatron_sat.training.staging import HostMemory, Staging
+from megatron_sat.training.writing import HashingFile, save_torch, write_file
+
+_POLL_SECONDS = 1.0
+"""How long ranks wait for their threads before they ask each other again: no collective waits for
+a disk."""
+_CHECKPOINT = "checkpoint"
+
+
+@dataclass
+class _Save:
+    """A save in flight."""
+
+    iteration: int
+    folder: Path
+    unfinished: Path
+    work: "Future[Any]"
+    """This rank's part: entries of the files that it wrote; later, of what rank 0 could not
+    remove, a line each."""
+    what: str
+    """For messages, and for the count of failures."""
+    staging: Staging | None = None
+    publishing: bool = False
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run, one at a time. All ranks make one, and call its methods
+    together.
+
+    Attributes:
+        last_saved: the last complete checkpoint of this run, or the one that it went on from.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        config: TrainingConfig,
+        *,
+        say: Callable[[str], None],
+        last_saved: Path | None = None,
+    ) -> None:
+        self.last_saved = last_saved
+        self._engine = engine
+        self._config = config
+        self._say = say
+        self._failures: dict[str, int] = {}
+        self._save: _Save | None = None
+        self._memory = HostMemory() if config.checkpoint.async_save else None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "saving")
+        self._abandoned = threading.Event()
+        if config.checkpoint.save is not None and dist.get_rank() == 0:
+            remove_leftovers(Path(config.checkpoint.save))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an error a save in flight is given up: its folder stays unfinished."""
+        assert kind is not None or self._save is None, "a save is in flight"
+        self._abandoned.set()
+        self._thread.shutdown()
+        if self._memory is not None:
+            self._memory.close()
+
+    def start(
+        self,
+        *,
+        progress: Progress,
+        state: SATState,
+        scheduler_state: Mapping[str, Any],
+        padded_vocab_size: int,
+        data: Mapping[str, Any],
+        snapshot_in: Path | None = None,
+    ) -> None:
+        """Begin to save ``<save>/global_step<iteration>`` as the run stands now. Collective.
+
+        With ``--async-save`` files are written while training goes on; otherwise they are written
+        when this returns. An earlier save comes to its end first. :meth:`finish` waits for the
+        end, :meth:`poll` comes to it step by step.
+
+        Args:
+            snapshot_in: a folder to save in instead of ``--save``; what is saved there is not
+                ``last_saved``, and nothing is removed for it.
+
+        Raises:
+            RunEnded: on all ranks, if a save has failed once too often.
+        """
+        self._finish_earlier()
+        save, failure = self._make_room(progress.iteration, snapshot_in)
+        self._save = save
+        if failure is not None:
+            self._ended(save, failure)
+            return
+        description = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "config": self._config.to_dict(),
+            "world_size": dist.get_world_size(),
+            "padded_vocab_size": padded_vocab_size,
+            "scheduler": dict(scheduler_state),
+            "data": dict(data),
+        }
+        files = _own_files(description, state)
+        if self._memory is None:
+            self._write_now(save, files)
+        else:
+            self._write_later(save, files, self._memory)
+
+    def before_update(self) -> None:
+        """To be called before the optimizer changes what a save in flight may still copy."""
+        if self._save is not None and self._save.staging is not None:
+            self._save.staging.hold_stream()
+
+    def poll(self) -> None:
+        """Go on with the save in flight, if there is one and all ranks are as far. Collective.
+
+        Raises:
+            RunEnded: as :meth:`start`.
+        """
+        if self._save is not None and _all_done(self._save.work):
+            self._go_on(self._save, last=False)
+
+    def finish(self, *, last: bool = False) -> None:
+        """Wait for the save in flight, if there is one. Collective.
+
+        Raises:
+            RunEnded: as :meth:`start`; with ``last`` (nothing is saved later) after any failure.
+        """
+        while (save := self._save) is not None:
+            concurrent.futures.wait([save.work], timeout=_POLL_SECONDS)
+            if _all_done(save.work):
+                self._go_on(save, last=last)
+
+    @contextlib.contextmanager
+    def counted(self, what: str, *, last: bool) -> Iterator[None]:
+        """Count an I/O error in the block, of which all ranks know, as a save that failed.
+
+        Args:
+            what: is saved there, for the message.
+            last: nothing is saved later.
+
+        Raises:
+            RunEnded: as :meth:`finish`.
+        """
+        try:
+            yield
+        except RanksStopped as error:
+            if not error.by_disk:
+                raise
+            self._count(what, str(error), last=last)
+        else:
+            self._failures[what] = 0
+
+    def _finish_earlier(self) -> None:
+        self.poll()
+        if (earlier := self._save) is not None:
+            began = time.perf_counter()
+            self.finish()
+            seconds = time.perf_counter() - began
+            self._say(f" waited {seconds:.1f} s for {earlier.folder}, which was still being saved")
+
+    def _make_room(self, iteration: int, snapshot_in: Path | None) -> tuple[_Save, str | None]:
+        """An empty folder to write to, or why there is none."""
+        place = snapshot_in or self._config.checkpoint.save
+        assert place is not None
+        folder = Path(place) / folder_name(iteration)
+        unfinished = folder.with_name(UNFINISHED + folder.name)
+        fault = None
+        if dist.get_rank() == 0:
+            try:
+                discard(unfinished)
+                unfinished.mkdir(parents=True)
+            except OSError as error:
+                fault = error
+        what = _CHECKPOINT if snapshot_in is None else "snapshot"
+        save = _Save(iteration, folder, unfinished, _done(fault), what)
+        return save, _reports(f"making room for {folder}", save.work)[1]
+
+    def _write_now(self, save: _Save, files: Mapping[str, bytes]) -> None:
+        entries: dict[str, Entry] = {}
+
+        def write(value: Any, name: str) -> None:
+            entries[name] = self._write_torch(save.unfinished / name, value)
+
+        fault = collect(self._engine, save.unfinished, write)
+        if fault is None:
+            try:
+                entries |= self._write_own(save.unfinished, files)
+            except Exception as error:
+                fault = error
+        save.work = _done(fault, entries)
+
+    def _write_later(self, save: _Save, files: Mapping[str, bytes], memory: HostMemory) -> None:
+        staging = Staging(memory)
+        numbers: dict[str, int] = {}
+
+        def stage(value: Any, name: str) -> None:
+            numbers[name] = staging.add(value)
+
+        fault = collect(self._engine, save.unfinished, stage)
+        if fault is None:
+            try:
+                staging.copy()
+            except Exception as error:
+                fault = error
+        if fault is not None:
+            save.work = _done(fault)
+            return
+        if memory.fault is not None:
+            self._say(f" WARNING: training waits for copies to host memory: {memory.fault}")
+
+        def write() -> dict[str, Entry]:
+            staging.wait()
+            entries = {
+                name: self._write_torch(save.unfinished / name, staging.get(number))
+                for name, number in numbers.items()
+            }
+            return entries | self._write_own(save.unfinished, files)
+
+        save.staging = staging
+        save.work = self._thread.submit(write)
+
+    def _write_torch(self, path: Path, value: Any) -> Entry:
+        return write_file(path, lambda file: save_torch(value, file), abandoned=self._abandoned)
+
+    def _write_own(self, folder: Path, files: Mapping[str, bytes]) -> dict[str, Entry]:
+        return {
+            name: write_file(
+                folder / name,
+                functools.partial(HashingFile.write, data=content),
+                abandoned=self._abandoned,
+            )
+            for name, content in files.items()
+        }
+
+    def _go_on(self, save: _Save, *, last: bool) -> None:
+        """All ranks have done their part: to the next one, or to the end."""
+        results, failure = _reports(f"writing {save.folder}", save.work)
+        if failure is not None:
+            self._ended(save, failure, last=last)
+        elif save.publishing:
+            for fault in results[0]:
+                self._say(f" WARNING: {fault}")
+            self._ended(save, None, last=last)
+        else:
+            save.staging, save.publishing, save.work = None, True, _done(None, [])
+            if dist.get_rank() == 0:
+                known = {name: entry for entries in results for name, entry in entries.items()}
+                save.work = self._thread.submit(self._publish, save, known)
+
+    def _publish(self, save: _Save, known: Mapping[str, Entry]) -> list[str]:
+        checkpoint = self._config.checkpoint
+        write_manifest(save.unfinished, known=known)
+        faults = publish(save.unfinished, save.folder)
+        if save.what != _CHECKPOINT:
+            return faults
+        return faults + remove_expired(
+            save.folder.parent,
+            newest=save.iteration,
+            keep_last=checkpoint.keep_last,
+            keep_every=checkpoint.keep_every,
+        )
+
+    def _ended(self, save: _Save, failure: str | None, *, last: bool = False) -> None:
+        self._save = None
+        if failure is None:
+            self._failures[save.what] = 0
+            if save.what == _CHECKPOINT:
+                self.last_saved = save.folder
+            self._say(f" saved {save.folder}")
+            return
+        if dist.get_rank() == 0:
+            with contextlib.suppress(OSError):  # it is removed by the next one, or the next run
+                discard(save.unfinished)
+        self._count(save.what, f"{save.folder.name}: {failure}", last=last)
+
+    def _count(self, what: str, failure: str, *, last: bool) -> None:
+        """Report a failed save of ``what``; RunEnded if it is one too many."""
+        limit = self._config.checkpoint.max_save_failures
+        self._failures[what] = count = self._failures.get(what, 0) + 1
+        good = (
+            "no checkpoint was saved"
+            if self.last_saved is None
+            else (f"the last good checkpoint is {self.last_saved}")
+        )
+        if last:
+            message = f"the last {what} could not be saved: {failure}; {good}"
+            raise RunEnded(message, ExitCode.SAVING_FAILED)
+        if count >= limit:
+            message = f"{what} not saved {count} times in a row (--max-save-failures {limit}), "
+            raise RunEnded(f"{message}now {failure}; {good}", ExitCode.SAVING_FAILED)
+        self._say(f" WARNING: {what} not saved ({count} in a row), {failure}; {good}")
+
+
+def _own_files(description: Mapping[str, Any], state: SATState) -> dict[str, bytes]:
+    """What this rank writes beside DeepSpeed's files."""
+    files = {random_file(dist.get_rank()): random_state()}
+    if dist.get_rank() == 0:
+        sat_state = state.state_dict()
+        rankings = sat_state.pop("rankings")
+        if rankings:
+            files[RANKINGS] = safetensors.torch.save(rankings)
+        text = json.dumps({**description, "sat": sat_state}, indent=2) + "\n"
+        files[RUN_STATE] = text.encode()
+    return files
+
+
+def _done(fault: BaseException | None, result: Any = None) -> "Future[Any]":
+    """Work that has ended."""
+    work: Future[Any] = Future()
+    if fault is None:
+        work.set_result(result)
+    else:
+        work.set_exception(fault)
+    return work
+
+
+def _all_done(work: "Future[Any]") -> bool:
+    """Whether all ranks' work has ended. Collective."""
+    done = torch.tensor(int(work.done()))
+    dist.all_reduce(done, op=dist.ReduceOp.MIN)
+    return bool(done)
+
+
+def _reports(doing: str, work: "Future[Any]") -> tuple[list[Any], str | None]:
+    """All ranks' results, or the first one's I/O error. Collective; other faults are raised."""
+    fault = work.exception()
+    with ranks_agree(doing):
+        if fault is not None and not isinstance(fault, OSError):
+            raise fault
+    own = (work.result(), None) if fault is None else (None, _reason(fault))
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, own)
+    failures = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(reports) if reason]
+    return [result for result, _ in reports], next(iter(failures), None)
+
+
+def _reason(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return str(error) or type(error).__name__
+    return f"{error.filename} cannot be written ({error.strerror})"
