@@ -39,9 +39,8 @@ def roll_back(engine: Any, folder: Path, *, config: TrainingConfig, state: SATSt
 
     None, and nothing has changed, if it was written by other ranks or in another layout.
     """
-    with ranks_agree(f"going back to {folder}"):
-        iteration = int(folder.name.removeprefix("global_step"))
-        stored = find_checkpoint(str(folder.parent), iteration=iteration)
+    iteration = int(folder.name.removeprefix("global_step"))
+    stored = find_checkpoint(str(folder.parent), iteration=iteration, together=True)
     if (
         stored.config.parallel != config.parallel
         or stored.run_state["world_size"] != dist.get_world_size()

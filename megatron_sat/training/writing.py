@@ -4,16 +4,19 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from megatron_sat.training.manifest import Entry
 
 _BLOCK = 1 << 26
+_SYNC_EVERY = 1 << 28
+"""Bytes after which the disk is told to begin: the system waits for much more, and the whole file
+would then take the disk's time once it is written."""
 
 
 class WriteAbandoned(Exception):
@@ -28,13 +31,14 @@ class HashingFile:
     """
 
     def __init__(
-        self, raw: FileIO, *, hasher: ThreadPoolExecutor, abandoned: threading.Event
+        self, raw: FileIO, *, threads: ThreadPoolExecutor, abandoned: threading.Event
     ) -> None:
         self._raw = raw
-        self._hasher = hasher
+        self._threads = threads
         self._abandoned = abandoned
         self._digest = hashlib.sha256()
-        self._size = 0
+        self._size = self._unsynced = 0
+        self._sync: Future[None] | None = None
         self._failure: Exception | None = None
 
     def write(self, data: Any) -> int:
@@ -51,6 +55,8 @@ class HashingFile:
         """Make what was written last. Raises what went wrong in ``write`` or does now."""
         if self._failure is not None:
             raise self._failure
+        if self._sync is not None:
+            self._sync.result()
         os.fsync(self._raw.fileno())
         return Entry(self._size, self._digest.hexdigest())
 
@@ -60,7 +66,7 @@ class HashingFile:
         if self._failure is not None:
             return
         # Both run without Python's lock, so side by side, and beside the training thread.
-        hashed = self._hasher.submit(self._digest.update, block)
+        hashed = self._threads.submit(self._digest.update, block)
         try:
             written = 0
             while written < len(block):
@@ -69,6 +75,18 @@ class HashingFile:
             self._failure = error
         hashed.result()
         self._size += len(block)
+        self._unsynced += len(block)
+        if self._unsynced >= _SYNC_EVERY and self._failure is None:
+            self._sync_beside()
+
+    def _sync_beside(self) -> None:
+        """Have what was written so far go to the disk, unless the disk has enough to do."""
+        if self._sync is not None:
+            if not self._sync.done():
+                return
+            self._failure = cast(OSError | None, self._sync.exception())  # told only once
+        self._unsynced = 0
+        self._sync = self._threads.submit(os.fdatasync, self._raw.fileno())
 
 
 def write_file(
@@ -79,8 +97,8 @@ def write_file(
     OSError, naming ``path``, if it cannot be written; WriteAbandoned once ``abandoned`` is set.
     """
     try:
-        with open(path, "wb", buffering=0) as raw, ThreadPoolExecutor(1) as hasher:
-            file = HashingFile(raw, hasher=hasher, abandoned=abandoned)
+        with open(path, "wb", buffering=0) as raw, ThreadPoolExecutor(2) as threads:
+            file = HashingFile(raw, threads=threads, abandoned=abandoned)
             fill(file)
             return file.finish()
     except OSError as error:

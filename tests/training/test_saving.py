@@ -1,10 +1,13 @@
 """Saving beside training: what is written, one save at a time, and what failures and crashes do."""
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training import saving
+from megatron_sat.training import saving, writing
 from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import MANIFEST, verify
@@ -323,3 +326,27 @@ def test_a_file_is_hashed_as_it_is_written_and_abandoned_in_the_middle(tmp_path:
     with pytest.raises(WriteAbandoned):
         write_file(path, give_up, abandoned=abandoned)
     assert path.stat().st_size == len(content)
+
+
+@pytest.mark.parametrize("failing", [1, 3])
+def test_what_the_disk_refuses_late_is_an_error(failing: int, tmp_path: Path) -> None:
+    """The system tells of a failed write once, to whoever asks next: on the way or at the end."""
+    calls = itertools.count(1)
+
+    def refuse(descriptor: int) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def fill(file: HashingFile) -> None:
+        for _ in range(3):
+            file.write(bytes(100))
+            while file._sync is not None and not file._sync.done():
+                time.sleep(0.001)
+
+    with (
+        mock.patch.object(os, "fdatasync", refuse),
+        mock.patch.object(writing, "_SYNC_EVERY", 100),
+        pytest.raises(OSError, match=f"Input/output error: '{tmp_path / 'file'}'"),
+    ):
+        write_file(tmp_path / "file", fill, abandoned=threading.Event())
+    assert next(calls) == failing + 1
