@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training import saving, writing
+from megatron_sat.training import saving
+from megatron_sat.training import writing as writing_module
 from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import MANIFEST, verify
@@ -345,7 +346,7 @@ def test_what_the_disk_refuses_late_is_an_error(failing: int, tmp_path: Path) ->
 
     with (
         mock.patch.object(os, "fdatasync", refuse),
-        mock.patch.object(writing, "_SYNC_EVERY", 100),
+        mock.patch.object(writing_module, "_SYNC_EVERY", 100),
         pytest.raises(OSError, match=f"Input/output error: '{tmp_path / 'file'}'"),
     ):
         write_file(tmp_path / "file", fill, abandoned=threading.Event())
