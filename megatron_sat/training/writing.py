@@ -85,6 +85,8 @@ class HashingFile:
             if not self._sync.done():
                 return
             self._failure = cast(OSError | None, self._sync.exception())  # told only once
+            if self._failure is not None:
+                return
         self._unsynced = 0
         self._sync = self._threads.submit(os.fdatasync, self._raw.fileno())
 
