@@ -122,11 +122,12 @@ class Campaign:
         self.data = write_indexed_data(folder / "data")
         self._references: dict[Job, tuple[Any, str]] = {}
 
-    def run(self, case: int, kind: str | None = None) -> dict[str, Any]:
-        """Case number `case`; its fault may be given."""
+    def run(self, case: int, *, fault: str | None = None, job: Job | None = None) -> dict[str, Any]:
+        """Case number `case`, a line of the CSV; its fault and its job may be given."""
         source = random.Random(f"{self.seed}/{case}")
-        fault = kind or FAULTS[case % len(FAULTS)]
-        job = source.choice(JOBS)
+        fault = fault or FAULTS[case % len(FAULTS)]
+        drawn = source.choice(JOBS)
+        job = job or drawn
         async_save = source.random() < 0.5
         moment = source.choice(("training", "saving"))
         reference = self._reference(job)
