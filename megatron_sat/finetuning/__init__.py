@@ -1,0 +1,5 @@
+"""Supervised fine-tuning from a model folder and JSONL to a tuned folder.
+
+`finetune_sat.py` hands over to `run.finetune`. On transformers' Trainer, and `megatron_sat.hf` for
+the methods; needs neither Megatron-core nor, without ``--deepspeed``, DeepSpeed.
+"""
