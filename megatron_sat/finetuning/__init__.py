@@ -3,3 +3,10 @@
 `finetune_sat.py` hands over to `run.finetune`. On transformers' Trainer, and `megatron_sat.hf` for
 the methods; needs neither Megatron-core nor, without ``--deepspeed``, DeepSpeed.
 """
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU

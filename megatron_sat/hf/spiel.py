@@ -72,8 +72,8 @@ class SpielLinear(nn.Linear):
     delta_values: nn.Parameter
     delta_indices: Tensor
     candidate_indices: Tensor
-    candidate_gradients: Tensor
-    """Of this step, its micro-batches added up."""
+    candidate_gradients: Tensor | None
+    """Of this step, its micro-batches added up; None outside of a collection."""
     candidate_sums: Tensor
     candidate_squares: Tensor
     """Of the steps so far, and of their squares."""
@@ -102,6 +102,7 @@ class SpielLinear(nn.Linear):
         """Take note of ``[out, in]``, the gradient of the weight in one micro-batch."""
         flat = gradient.flatten()
         if self.collecting == "gradients":
+            assert self.candidate_gradients is not None
             self.candidate_gradients += flat[self.candidate_indices.long()].float()
         elif self.collecting == "candidates":
             size = flat.abs()
@@ -142,7 +143,7 @@ class _DeltaProduct(torch.autograd.Function):
 
 
 def enable_spiel(model: nn.Module, config: SpielConfig) -> None:
-    """Freeze a model of transformers and give the linears of its attention and MLP deltas of 0.
+    """Freeze a model of transformers, and give the linears of its attention and MLP deltas, all 0.
 
     Families as of `megatron_sat.hf.enable_sat`. Everything a run needs to go on is in the model's
     ``state_dict``; `SpielCallback` moves the positions.
@@ -151,20 +152,24 @@ def enable_spiel(model: nn.Module, config: SpielConfig) -> None:
         TypeError: another architecture, or layers that are not transformers' own.
         ValueError: the density leaves a linear without a delta.
     """
-    linears = list(_plain_linears(model))
+    check_spiel(model, config)
     generator = torch.Generator().manual_seed(config.seed)
-    for name, linear in linears:
+    model.requires_grad_(False)
+    for _, linear in list(_plain_linears(model)):
+        size = linear.weight.numel()
+        count = int(size * config.density)
+        positions = _distinct(size, count, generator).to(linear.weight.device)
+        _attach(linear, positions)
+
+
+def check_spiel(model: nn.Module, config: SpielConfig) -> None:
+    """Raise what `enable_spiel` would; the model may be on the meta device."""
+    for name, linear in _plain_linears(model):
         if int(linear.weight.numel() * config.density) < 1:
             raise ValueError(
                 f"density is {config.density!r}, of which {name} with {linear.weight.numel()} "
                 "weights gets no delta; use a higher one"
             )
-    model.requires_grad_(False)
-    for _, linear in linears:
-        size = linear.weight.numel()
-        count = int(size * config.density)
-        positions = _distinct(size, count, generator).to(linear.weight.device)
-        _attach(linear, positions)
 
 
 def disable_spiel(model: nn.Module) -> None:
@@ -174,7 +179,7 @@ def disable_spiel(model: nn.Module) -> None:
         with torch.no_grad():
             linear.weight.copy_(linear.merged(linear.weight.dtype))
         linear.__class__ = nn.Linear  # type: ignore[assignment]
-        del linear.delta_values, linear.collecting
+        del linear.delta_values, linear.collecting, linear.candidate_gradients
         for name in _BUFFERS:
             delattr(linear, name)
     model.requires_grad_(True)
@@ -226,13 +231,9 @@ def spiel_linears(model: nn.Module) -> Iterator[tuple[str, SpielLinear]]:
                 yield f"{layer}.{name}", linear
 
 
-_BUFFERS = (
-    "delta_indices",
-    "candidate_indices",
-    "candidate_gradients",
-    "candidate_sums",
-    "candidate_squares",
-)
+# In the state_dict, so that a run that was stopped in a collection goes on with it. The gradients
+# of one step are not: ranks differ in them, and DistributedDataParallel makes buffers equal.
+_BUFFERS = ("delta_indices", "candidate_indices", "candidate_sums", "candidate_squares")
 
 
 def _plain_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -268,6 +269,6 @@ def _attach(linear: Any, positions: Tensor) -> None:
     linear.delta_values = nn.Parameter(zeros)
     linear.register_buffer("delta_indices", positions.to(torch.int32))
     linear.register_buffer("candidate_indices", torch.zeros_like(linear.delta_indices))
-    for name in ("candidate_gradients", "candidate_sums", "candidate_squares"):
+    for name in ("candidate_sums", "candidate_squares"):
         linear.register_buffer(name, zeros.clone())
-    linear.collecting = None
+    linear.collecting, linear.candidate_gradients = None, None

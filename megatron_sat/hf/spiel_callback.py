@@ -48,7 +48,8 @@ class SpielCallback(TrainerCallback):
         phase = self._phase(state.global_step + 1)
         for _, linear in spiel_linears(kwargs["model"]):
             linear.collecting = phase
-            linear.candidate_gradients.zero_()
+            if phase == "gradients":
+                linear.candidate_gradients = torch.zeros_like(linear.candidate_sums)
             if phase == "candidates":
                 linear.candidate_sums.zero_()
                 linear.candidate_squares.zero_()
@@ -63,12 +64,13 @@ class SpielCallback(TrainerCallback):
             linear.collecting = None
             if phase == "candidates" and _several_ranks():
                 dist.broadcast(linear.candidate_indices, src=0)
-            if phase == "gradients":
+            gradients, linear.candidate_gradients = linear.candidate_gradients, None
+            if gradients is not None:
                 if _several_ranks():
-                    dist.all_reduce(linear.candidate_gradients)
-                    linear.candidate_gradients /= dist.get_world_size()
-                linear.candidate_sums += linear.candidate_gradients
-                linear.candidate_squares += linear.candidate_gradients.square()
+                    dist.all_reduce(gradients)
+                    gradients /= dist.get_world_size()
+                linear.candidate_sums += gradients
+                linear.candidate_squares += gradients.square()
 
     @torch.no_grad()
     def on_step_end(
