@@ -3,6 +3,8 @@ all of TrainingArguments'."""
 
 import argparse
 import dataclasses
+import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,13 +163,30 @@ def parse(argv: Sequence[str] | None = None) -> CommandLine:
     ):
         if training[name] is None:
             training[name] = defaults.get(own.method, otherwise)
-    if own.packing and training["train_sampling_strategy"] == "group_by_length":
+    if own.packing and training.get("train_sampling_strategy") == "group_by_length":
         raise ValueError("--packing and --train_sampling_strategy group_by_length: give one of them")
     # Collators read columns that the model does not.
     training["remove_unused_columns"] = False
+    if training["ddp_find_unused_parameters"] is None:
+        training["ddp_find_unused_parameters"] = False  # each is used in every step
+    deepspeed = training["deepspeed"]
+    if deepspeed is not None:
+        _check_deepspeed(deepspeed)
     if own.validation_file is None and str(training["eval_strategy"]) != "no":
         raise ValueError(f"--eval_strategy {training['eval_strategy']} needs --validation_file")
     return CommandLine(own=own, training=training, sat=sat)
+
+
+def _check_deepspeed(path: str) -> None:
+    """ValueError, naming the flag, unless DeepSpeed is there and ``path`` a JSON file."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"--deepspeed {path}: DeepSpeed is not installed")
+    try:
+        json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--deepspeed {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {path}: is no JSON ({error})") from error
 
 
 def _take(kind: Any, values: dict[str, Any]) -> dict[str, Any]:

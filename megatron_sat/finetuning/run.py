@@ -121,26 +121,39 @@ class _Began(TrainerCallback):
 
 
 def _join(command: CommandLine | None) -> None:
-    """Meet the other ranks, if a launcher started several."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        if command is not None and command.training["deepspeed"] and "RANK" not in os.environ:
-            # DeepSpeed has no other way to hear that there is one process.
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    """Meet the other ranks, if a launcher started several, and let DeepSpeed know of them."""
+    training = {} if command is None else command.training
+    with_deepspeed = bool(training.get("deepspeed"))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not with_deepspeed:
         return
-    if dist.is_initialized():
-        return
-    on_gpu = torch.cuda.is_available() and not (command and command.training["use_cpu"])
+    on_gpu = torch.cuda.is_available() and not training.get("use_cpu")
+    if "RANK" not in os.environ:
+        # DeepSpeed has no other way to hear that there is one process.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    timeout = 1800 if command is None else command.training["ddp_timeout"]
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
-    )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=training.get("ddp_timeout", 1800)),
+        )
+    if with_deepspeed:
+        import deepspeed
+
+        if not on_gpu:
+            # Else it compiles an all-reduce of its own on first use.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def _log_on_rank_0() -> None:
