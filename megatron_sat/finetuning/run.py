@@ -72,9 +72,9 @@ def finetune(argv: Sequence[str] | None = None) -> Trainer:
         steps = total_steps(args, len(train))
         sat = command.sat_config(steps)
         check_model(skeleton, own, sat)
-    model, callbacks = apply_method(
-        load_model(own), own, sat, recompute=args.gradient_checkpointing
-    )
+    model = load_model(own)
+    use_cache = model.config.use_cache  # which the Trainer changes
+    model, callbacks = apply_method(model, own, sat, recompute=args.gradient_checkpointing)
     logger.info(describe(model, own))
     began = _Began()
     trainer = Trainer(
@@ -95,6 +95,7 @@ def finetune(argv: Sequence[str] | None = None) -> Trainer:
         raise RanksStopped(str(error), by_user=True) from error
     if evaluation is not None:
         trainer.log_metrics("eval", trainer.evaluate())
+    model.config.use_cache = use_cache
     _save(trainer, command, tokenizer)
     return trainer
 
