@@ -226,15 +226,18 @@ def test_a_line_says_what_is_left_out(
     assert any(line.startswith("the tokenizer has no chat template") for line in lines)
 
 
-def test_gradient_checkpointing_and_bfloat16(tmp_path: Path, model: Path, data: Path) -> None:
-    for method in ("sat", "lora", "spiel"):
-        losses = []
-        for number, flags in enumerate([[], ["--gradient_checkpointing"]]):
-            output = tmp_path / f"{method}{number}"
-            trainer = fine_tune_command(model, data, output, METHODS[method], "--bf16", *flags)
-            losses.append(logged(trainer))
-        assert losses[0] == pytest.approx(losses[1], rel=1e-2), method
-        assert len(set(losses[0])) > 5
+@pytest.mark.parametrize("method", ["sat", "lora", "spiel"])
+def test_gradient_checkpointing_and_bfloat16(
+    tmp_path: Path, model: Path, data: Path, method: str
+) -> None:
+    losses = []
+    for number, flags in enumerate([[], ["--gradient_checkpointing"], ["--bf16"]]):
+        output = tmp_path / str(number)
+        trainer = fine_tune_command(model, data, output, METHODS[method], *flags)
+        losses.append(logged(trainer))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2][:2] == pytest.approx(losses[0][:2], rel=1e-2)
+    assert losses[2] != losses[0] and losses[2][-1] < losses[2][0]
 
 
 MINIMAL = "--model_name_or_path m --train_file t --output_dir o".split()
