@@ -52,8 +52,9 @@ def parse() -> argparse.Namespace:
     add("--output", metavar="CSV", help="write the figures here as well")
     add("--plot", metavar="PNG", help="and a picture here")
     quality = parser.add_argument_group("--quality")
-    quality.add_argument("--steps", type=int, default=300, help="of each tuning")
+    quality.add_argument("--steps", type=int, default=1200, help="of each tuning")
     quality.add_argument("--base-steps", type=int, default=500, help="of the base model's training")
+    quality.add_argument("--letters", type=int, default=3, help="of a question: how hard it is")
     quality.add_argument("--seeds", type=int, default=1, help="tunings of each method")
     speed = parser.add_argument_group("--speed")
     speed.add_argument("--shape", choices=finetune_speed.SHAPES, default="1.1b")
@@ -90,6 +91,7 @@ def main() -> None:
                 Path(folder),
                 steps=args.steps,
                 base_steps=args.base_steps,
+                letters=args.letters,
                 seeds=args.seeds,
             )
         panels = QUALITY_PANELS

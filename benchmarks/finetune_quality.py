@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import finetune_task as task
 import torch
@@ -29,13 +28,15 @@ MORE_FLAGS = {
 }
 
 
-def measure(methods: Sequence[str], folder: Path, *, steps: int, base_steps: int, seeds: int) -> list[dict[str, object]]:
+def measure(
+    methods: Sequence[str], folder: Path, *, steps: int, base_steps: int, letters: int, seeds: int
+) -> list[dict[str, object]]:
     """One line for the base model, and one for each method and seed."""
     base = folder / "base"
-    train_base(base, base_steps)
+    train_base(base, base_steps, letters)
     held_out, train = folder / "held_out.jsonl", folder / "train.jsonl"
-    prompts = task.write_records(held_out, HELD_OUT, seed=1)
-    task.write_records(train, TRAINED, seed=2, without=frozenset(prompts))
+    prompts = task.write_records(held_out, HELD_OUT, letters=letters, seed=1)
+    task.write_records(train, TRAINED, letters=letters, seed=2, without=frozenset(prompts))
     tasks = folder / "tasks"
     name = task.write_harness_task(tasks, held_out, seed=3)
     rows = [row("base", base, held_out, tasks, name, steps=0, seed=0)]
@@ -97,11 +98,13 @@ def tune(
         "tokens_per_second": round(tokens / seconds),
         "peak_gib": peak,
         "training_loss": round(losses[-1], 4),
-        "held_out_loss": round([line["eval_loss"] for line in history if "eval_loss" in line][-1], 4),
+        "held_out_loss": round(
+            [line["eval_loss"] for line in history if "eval_loss" in line][-1], 4
+        ),
     }
 
 
-def train_base(folder: Path, steps: int) -> None:
+def train_base(folder: Path, steps: int, letters: int) -> None:
     """Write a small Llama that continues the lines of `finetune_task.base_text`."""
     vocabulary = task.write_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -125,12 +128,14 @@ def train_base(folder: Path, steps: int) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     began = time.perf_counter()
     for step in range(steps):
-        lines = [task.base_text(1_000_000 + step * BATCH + i) for i in range(BATCH)]
+        lines = [task.base_text(1_000_000 + step * BATCH + i, letters) for i in range(BATCH)]
         batch = tokenizer(lines, add_special_tokens=False, padding=True, return_tensors="pt")
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         # Letters before "=" are drawn: there is nothing in them to learn.
         equals = (batch["input_ids"] == tokenizer.convert_tokens_to_ids("=")).cumsum(dim=1)
-        labels = batch["input_ids"].masked_fill((equals == 0) | (batch["attention_mask"] == 0), -100)
+        labels = batch["input_ids"].masked_fill(
+            (equals == 0) | (batch["attention_mask"] == 0), -100
+        )
         loss = model(**{n: batch[n] for n in ("input_ids", "attention_mask")}, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,8 +143,11 @@ def train_base(folder: Path, steps: int) -> None:
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"base: step {step + 1}, loss {loss.item():.4f}, "
-                  f"{time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"base: step {step + 1}, loss {loss.item():.4f}, "
+                f"{time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
     model.save_pretrained(folder)
 
 

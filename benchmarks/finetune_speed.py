@@ -73,7 +73,9 @@ class Runner:
             self.callback.on_step_begin(None, state, None, **told)  # type: ignore[arg-type]
         loss = self.model(**batch, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.grad is not None), 1.0)
+        torch.nn.utils.clip_grad_norm_(
+            (p for p in self.model.parameters() if p.grad is not None), 1.0
+        )
         if self.callback is not None:
             self.callback.on_pre_optimizer_step(None, state, None, **told)  # type: ignore[arg-type]
         self.optimizer.step()

@@ -1,7 +1,7 @@
-"""A small instruction task that can be learned in minutes: its text, its tokenizer, its questions.
+"""A small instruction task that can be learned in minutes: text, tokenizer and questions.
 
-A base model reads lines such as ``#reverse d a c = c a d``; fine-tuning teaches it to do the same when
-asked in words: ``please turn around the letters d a c``. All of it is drawn from seeds.
+A base model reads lines such as ``#reverse d a c f = f c a d``; fine-tuning teaches it to do the
+same when asked in words: ``please turn around the letters d a c f``. All is drawn from seeds.
 """
 
 import json
@@ -35,7 +35,9 @@ def write_tokenizer(folder: Path) -> int:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    phrases = [word for _, asked in OPERATIONS.values() for phrase in asked for word in phrase.split()]
+    phrases = [
+        word for _, asked in OPERATIONS.values() for phrase in asked for word in phrase.split()
+    ]
     words = [*SPECIAL, "=", *(f"#{name}" for name in OPERATIONS), *LETTERS, *WORDS, *phrases]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
@@ -52,26 +54,28 @@ def write_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def draw(generator: random.Random) -> tuple[str, list[str], list[str]]:
-    """An operation, the letters it is applied to, and what comes out."""
+def draw(generator: random.Random, count: int) -> tuple[str, list[str], list[str]]:
+    """An operation, the ``count`` letters it is applied to, and what comes out."""
     name = generator.choice(list(OPERATIONS))
-    letters = generator.sample(LETTERS, 4)
+    letters = generator.sample(LETTERS, count)
     return name, letters, OPERATIONS[name][0](letters)
 
 
-def base_text(seed: int) -> str:
+def base_text(seed: int, letters: int) -> str:
     """A line of what the base model is trained on."""
-    name, letters, result = draw(random.Random(seed))
-    return f"<s> #{name} {' '.join(letters)} = {' '.join(result)} </s>"
+    name, given, result = draw(random.Random(seed), letters)
+    return f"<s> #{name} {' '.join(given)} = {' '.join(result)} </s>"
 
 
-def write_records(path: Path, count: int, *, seed: int, without: frozenset[str] = frozenset()) -> set[str]:
-    """Write ``count`` different records of prompt and response, none of ``without``; the prompts."""
+def write_records(
+    path: Path, count: int, *, letters: int, seed: int, without: frozenset[str] = frozenset()
+) -> set[str]:
+    """Write ``count`` different records, with no prompt of ``without``; their prompts."""
     generator = random.Random(seed)
     records: dict[str, str] = {}
     while len(records) < count:
-        name, letters, result = draw(generator)
-        prompt = f"{generator.choice(OPERATIONS[name][1])} {' '.join(letters)}"
+        name, given, result = draw(generator, letters)
+        prompt = f"{generator.choice(OPERATIONS[name][1])} {' '.join(given)}"
         if prompt not in without:
             records[prompt] = " ".join(result)
     lines = [json.dumps({"prompt": p, "response": r}) for p, r in records.items()]

@@ -33,10 +33,6 @@ _OF_METHOD: dict[str, dict[str, Any]] = {
 }
 
 
-def _help(text: str, default: object = None, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
-
-
 @dataclass
 class FinetuneArguments:
     """Flags that are not TrainingArguments'."""
@@ -50,32 +46,64 @@ class FinetuneArguments:
             '{"prompt": ..., "response": ...}'
         }
     )
-    validation_file: str | None = _help(
-        "JSONL to evaluate on, as --eval_strategy says, and after the last step"
+    validation_file: str | None = field(
+        default=None,
+        metadata={"help": "JSONL to evaluate on, as --eval_strategy says, and after the last step"},
     )
-    method: Method = _help("what is trained, and how", "sat")
-    chat_template: str | None = _help(
-        "Jinja file in place of the tokenizer's chat template (default: the tokenizer's; without "
-        "one, roles in plain text)"
+    method: Method = field(default="sat", metadata={"help": "what is trained, and how"})
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Jinja file in place of the tokenizer's chat template (default: the "
+            "tokenizer's; without one, roles in plain text)"
+        },
     )
-    max_length: int | None = _help("tokens of a record, or of a pack (default: the model's context)")
-    too_long: TooLong = _help("what happens to records longer than --max_length", "cut")
-    without_response: WithoutResponse = _help("what happens to records with no response", "skip")
-    packing: bool = _help(
-        "put records one after another, up to --max_length, instead of padding them", False
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a record, or of a pack (default: the model's context)"},
     )
-    dtype: Dtype = _help("of the weights as they are loaded; --bf16 computes in bfloat16", "float32")
-    attn_implementation: str | None = _help(
-        "transformers' name of an attention, as flash_attention_2 (default: transformers' choice)"
+    too_long: TooLong = field(
+        default="cut", metadata={"help": "what happens to records longer than --max_length"}
     )
-    lora_r: int | None = _help("rank (default: 64)")
-    lora_alpha: int | None = _help("scale of the update, over the rank (default: 16)")
-    lora_dropout: float | None = _help("dropout ahead of the update (default: 0.1)")
-    spiel_density: float | None = _help("share of weights that have a delta (default: 0.025)")
-    spiel_interval: int | None = _help("steps from growth to growth (default: 20)")
-    spiel_accumulation: int | None = _help("steps of gradients that decide a growth (default: 5)")
-    spiel_replaced: float | None = _help(
-        "share of deltas that a growth moves, falling to 0 (default: 0.2)"
+    without_response: WithoutResponse = field(
+        default="skip", metadata={"help": "what happens to records with no response"}
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "put records one after another, up to --max_length, instead of padding them"
+        },
+    )
+    dtype: Dtype = field(
+        default="float32",
+        metadata={"help": "of the weights as they are loaded; --bf16 computes in bfloat16"},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' name of an attention, as flash_attention_2 (default: "
+            "transformers' choice)"
+        },
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "rank (default: 64)"})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "scale of the update, over the rank (default: 16)"}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "dropout ahead of the update (default: 0.1)"}
+    )
+    spiel_density: float | None = field(
+        default=None, metadata={"help": "share of weights that have a delta (default: 0.025)"}
+    )
+    spiel_interval: int | None = field(
+        default=None, metadata={"help": "steps from growth to growth (default: 20)"}
+    )
+    spiel_accumulation: int | None = field(
+        default=None, metadata={"help": "steps of gradients that decide a growth (default: 5)"}
+    )
+    spiel_replaced: float | None = field(
+        default=None,
+        metadata={"help": "share of deltas that a growth moves, falling to 0 (default: 0.2)"},
     )
 
     @property
@@ -164,7 +192,9 @@ def parse(argv: Sequence[str] | None = None) -> CommandLine:
         if training[name] is None:
             training[name] = defaults.get(own.method, otherwise)
     if own.packing and training.get("train_sampling_strategy") == "group_by_length":
-        raise ValueError("--packing and --train_sampling_strategy group_by_length: give one of them")
+        raise ValueError(
+            "--packing and --train_sampling_strategy group_by_length: give one of them"
+        )
     # Collators read columns that the model does not.
     training["remove_unused_columns"] = False
     if training["ddp_find_unused_parameters"] is None:

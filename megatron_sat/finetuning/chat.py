@@ -27,8 +27,9 @@ class Encoded(NamedTuple):
 class ChatEncoder:
     """Writes chats by a tokenizer's template.
 
-    A response reaches from the end of its generation prompt to the token that ends its turn. Which
-    tokens these are, a template says by ``{% generation %}``; for others they are found in the text.
+    A response reaches from the end of its generation prompt to the token that ends its turn. A
+    template says which tokens these are by ``{% generation %}``; for others they are found in the
+    text.
 
     Args:
         tokenizer: of transformers, with a chat template.

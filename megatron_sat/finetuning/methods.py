@@ -99,7 +99,8 @@ def peft_config(own: FinetuneArguments) -> Any:
             target_modules=["k_proj", "v_proj", "down_proj"],
             feedforward_modules=["down_proj"],
         )
-    assert own.lora_r is not None and own.lora_dropout is not None
+    assert own.lora_r is not None and own.lora_alpha is not None
+    assert own.lora_dropout is not None
     if own.lora_r < 1 or not 0.0 <= own.lora_dropout < 1.0:
         raise ValueError(
             f"--lora_r {own.lora_r} --lora_dropout {own.lora_dropout}; valid: a rank of at least "

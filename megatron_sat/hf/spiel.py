@@ -178,7 +178,7 @@ def disable_spiel(model: nn.Module) -> None:
     for _, linear in spiel_linears(model):
         with torch.no_grad():
             linear.weight.copy_(linear.merged(linear.weight.dtype))
-        linear.__class__ = nn.Linear  # type: ignore[assignment]
+        linear.__class__ = nn.Linear
         del linear.delta_values, linear.collecting, linear.candidate_gradients
         for name in _BUFFERS:
             delattr(linear, name)

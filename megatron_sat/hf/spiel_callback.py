@@ -20,8 +20,8 @@ class SpielCallback(TrainerCallback):
     candidates as there are deltas, where gradients are largest; in the gamma (``accumulation``)
     steps after it their gradients are summed, and behind the last of these the deltas nearest to 0
     give way to the candidates of the largest sums: all of them the first time, later at most
-    ``replaced`` (1 - t/T). A delta that grows begins at 0. Its moments in Adam are those of its mean
-    gradient, before clipping, and of its mean square.
+    ``replaced`` (1 - t/T). A delta that grows begins at 0. Its moments in Adam are those of its
+    mean gradient, before clipping, and of its mean square.
 
     With several ranks, those of DistributedDataParallel, candidates are rank 0's and sums are over
     all of them.
@@ -131,7 +131,9 @@ def _seed_moments(optimizer: Any, linear: SpielLinear, places: Replaced, steps: 
     state = optimizer.state.get(linear.delta_values, {})
     if "exp_avg" not in state or "exp_avg_sq" not in state:
         return
-    group = next(g for g in optimizer.param_groups if any(p is linear.delta_values for p in g["params"]))
+    group = next(
+        g for g in optimizer.param_groups if any(p is linear.delta_values for p in g["params"])
+    )
     done = int(state["step"])
     for name, sums, beta in (
         ("exp_avg", linear.candidate_sums, group["betas"][0]),

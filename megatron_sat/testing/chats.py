@@ -8,7 +8,7 @@ from typing import Any
 from megatron_sat.testing.finetuning import forget_accelerate
 from megatron_sat.testing.huggingface import write_model, write_tokenizer
 
-SAT = "--method sat --sat-omission-rate 0.5 --sat-channel-multiple 8".split()
+SAT = ["--method", "sat", "--sat-omission-rate", "0.5", "--sat-channel-multiple", "8"]
 
 
 def write_chats(path: Path, count: int = 40, *, first: int = 0) -> Path:
@@ -30,9 +30,7 @@ def write_chat_model(folder: Path, case: str = "llama3", **options: Any) -> Path
     return write_tokenizer(write_model(folder, case, **options))
 
 
-def fine_tune_command(
-    model: Path, data: Path, output: Path, *flags: str | Sequence[str]
-) -> Any:
+def fine_tune_command(model: Path, data: Path, output: Path, *flags: str | Sequence[str]) -> Any:
     """Run `finetune_sat.py`'s command on the CPU, 10 steps, in this process or on a rank of
     `run_on_ranks`; the Trainer."""
     from megatron_sat.finetuning.run import finetune
@@ -40,8 +38,21 @@ def fine_tune_command(
     forget_accelerate()
     given = [word for flag in flags for word in ([flag] if isinstance(flag, str) else flag)]
     own = f"--model_name_or_path {model} --train_file {data} --output_dir {output}".split()
-    training = (
-        "--use_cpu --max_steps 10 --per_device_train_batch_size 4 --learning_rate 3e-3 "
-        "--logging_steps 1 --save_strategy no --report_to none --disable_tqdm true"
-    ).split()
+    training = [
+        "--use_cpu",
+        "--max_steps",
+        "10",
+        "--per_device_train_batch_size",
+        "4",
+        "--learning_rate",
+        "3e-3",
+        "--logging_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+    ]
     return finetune([*own, *training, *given])

@@ -22,10 +22,19 @@ from megatron_sat.testing.finetuning import logged
 
 METHODS = {
     "sat": SAT,
-    "full": "--method full".split(),
-    "lora": "--method lora --lora_r 4 --lora_dropout 0".split(),
-    "ia3": "--method ia3 --learning_rate 0.1".split(),
-    "spiel": "--method spiel --spiel_interval 4 --spiel_accumulation 1 --weight_decay 0".split(),
+    "full": ["--method", "full"],
+    "lora": ["--method", "lora", "--lora_r", "4", "--lora_dropout", "0"],
+    "ia3": ["--method", "ia3", "--learning_rate", "0.1"],
+    "spiel": [
+        "--method",
+        "spiel",
+        "--spiel_interval",
+        "4",
+        "--spiel_accumulation",
+        "1",
+        "--weight_decay",
+        "0",
+    ],
 }
 
 
@@ -63,7 +72,7 @@ def test_a_tuned_folder_is_an_ordinary_model(
 ) -> None:
     held_out = write_chats(tmp_path / "held.jsonl", 8, first=100)
     more = ["--validation_file", str(held_out), "--per_device_eval_batch_size", "8"]
-    more += "--eval_strategy steps --eval_steps 5".split()
+    more += ["--eval_strategy", "steps", "--eval_steps", "5"]
     trainer = fine_tune_command(model, data, tmp_path / "out", METHODS[method], *more)
     tuned = tmp_path / "out" / "tuned"
     assert not (tmp_path / "out" / "tuned.partial").exists()
@@ -93,7 +102,9 @@ def test_a_tuned_folder_is_an_ordinary_model(
         load_deltas(with_deltas, tuned / "adapter")
         assert loss_of(with_deltas, trainer) == pytest.approx(evaluated[2], rel=1e-4)
         disable_spiel(with_deltas)
-        assert all(torch.equal(after[n], t) for n, t in with_deltas.state_dict().items() if n in after)
+        assert all(
+            torch.equal(after[n], t) for n, t in with_deltas.state_dict().items() if n in after
+        )
 
 
 def test_the_command_is_the_two_lines(tmp_path: Path, model: Path, data: Path) -> None:
@@ -106,9 +117,7 @@ def test_the_command_is_the_two_lines(tmp_path: Path, model: Path, data: Path) -
     trainer = fine_tune_command(model, data, tmp_path / "one", SAT)
     forget_accelerate()
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    config = SATConfig(
-        omission_rate=0.5, total_steps=10, decay_start_step=6, channel_multiple=8
-    )
+    config = SATConfig(omission_rate=0.5, total_steps=10, decay_start_step=6, channel_multiple=8)
     enable_sat(network, config)
     args = dataclasses.replace(trainer.args, output_dir=str(tmp_path / "two"))
     other = Trainer(
@@ -146,7 +155,9 @@ def test_length_grouping(tmp_path: Path, model: Path, data: Path) -> None:
         batches: list[Any] = []
         collate = run_module.DataCollatorForSeq2Seq.__call__
 
-        def keep(self: Any, features: Any, *args: Any, collate: Any = collate, batches: Any = batches) -> Any:
+        def keep(
+            self: Any, features: Any, *args: Any, collate: Any = collate, batches: Any = batches
+        ) -> Any:
             batches.append(collate(self, features, *args))
             return batches[-1]
 
@@ -162,7 +173,7 @@ def test_a_resumed_run_is_the_one_never_stopped(
     tmp_path: Path, model: Path, data: Path, method: str
 ) -> None:
     """From step 4, in the middle of the sparse stage, and of a collection of SpIEL's."""
-    saving = "--save_strategy steps --save_steps 4".split()
+    saving = ["--save_strategy", "steps", "--save_steps", "4"]
     whole = fine_tune_command(model, data, tmp_path / "whole", METHODS[method], *saving)
     flags = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-4")]
     resumed = fine_tune_command(model, data, tmp_path / "on", METHODS[method], *flags)
@@ -206,9 +217,7 @@ def test_steps_are_those_that_the_trainer_takes(
 ) -> None:
     """A schedule that does not fit them is refused or warned of by SATCallback."""
     with mock.patch.object(run_module.logger, "warning") as warning:
-        trainer = fine_tune_command(
-            model, data, tmp_path, SAT, "--max_steps", "-1", *flags.split()
-        )
+        trainer = fine_tune_command(model, data, tmp_path, SAT, "--max_steps", "-1", *flags.split())
     assert run_module.total_steps(trainer.args, 40) == trainer.state.max_steps
     assert trainer.state.global_step == trainer.state.max_steps
     warning.assert_not_called()
@@ -240,7 +249,7 @@ def test_gradient_checkpointing_and_bfloat16(
     assert losses[2] != losses[0] and losses[2][-1] < losses[2][0]
 
 
-MINIMAL = "--model_name_or_path m --train_file t --output_dir o".split()
+MINIMAL = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
 
 
 def test_flags_are_those_of_training_arguments_and_of_pretraining() -> None:

@@ -168,12 +168,12 @@ def test_errors_where_records_are_not_to_be_left_out(tmp_path: Path, tokenizer: 
     with pytest.raises(ValueError, match=r"line 1: \d+ tokens are more than --max_length 50"):
         load_examples(path, chatml, max_length=50, too_long="error")
     path = write(tmp_path / "data.jsonl", {"prompt": "a"})
-    with pytest.raises(ValueError, match="nothing to train on is left: .*0 of 1 records"):
+    with pytest.raises(ValueError, match=r"nothing to train on is left: .*0 of 1 records"):
         load_examples(path, chatml, max_length=50)
-    with pytest.raises(ValueError, match="absent.jsonl: cannot be read"):
+    with pytest.raises(ValueError, match=r"absent\.jsonl: cannot be read"):
         load_examples(tmp_path / "absent.jsonl", chatml, max_length=50)
     path.write_bytes(b"\xff\n")
-    with pytest.raises(ValueError, match="data.jsonl: is not UTF-8"):
+    with pytest.raises(ValueError, match=r"data\.jsonl: is not UTF-8"):
         load_examples(path, chatml, max_length=50)
 
 

@@ -51,7 +51,7 @@ def test_two_ranks_are_one_with_the_same_batch(
 ) -> None:
     config = tmp_path / "zero3.json"
     config.write_text(json.dumps(ZERO_3))
-    flags = SAT if method == "sat" else "--method lora --lora_r 4 --lora_dropout 0".split()
+    flags = SAT if method == "sat" else ["--method", "lora", "--lora_r", "4", "--lora_dropout", "0"]
     one = [*flags, "--per_device_train_batch_size", "8"]
     (expected,) = run_on_ranks(train, 1, model, data, tmp_path / "one", one)
     tuned = load_file(tmp_path / "one" / "tuned" / "model.safetensors")
@@ -84,9 +84,7 @@ def test_ranks_stop_together(tmp_path: Path, model: Path, data: Path) -> None:
     assert "RanksStopped" in error.value.details
 
 
-def test_zero_3_that_would_save_nothing_is_refused(
-    tmp_path: Path, model: Path, data: Path
-) -> None:
+def test_zero_3_that_would_save_nothing_is_refused(tmp_path: Path, model: Path, data: Path) -> None:
     config = tmp_path / "zero3.json"
     config.write_text(json.dumps(ZERO_3 | {"zero_optimization": {"stage": 3}}))
     with pytest.raises(RankError, match="stage3_gather_16bit_weights_on_model_save must be true"):

@@ -96,7 +96,9 @@ def test_records_and_results_that_are_in_the_way(tmp_path: Path, model: Path) ->
 
 def test_models(tmp_path: Path, model: Path, data: Path) -> None:
     other = write_tokenizer(tmp_path / "gpt2")
-    GPT2Config(vocab_size=131, n_embd=16, n_layer=1, n_head=2, n_positions=64).save_pretrained(other)
+    GPT2Config(vocab_size=131, n_embd=16, n_layer=1, n_head=2, n_positions=64).save_pretrained(
+        other
+    )
     for flags in (SAT, ["--method", "spiel"]):
         message = refused(other, data, tmp_path / "out", *flags)
         assert "GPT2LMHeadModel is not supported by SAT; valid: Llama, Mistral" in message
@@ -113,7 +115,7 @@ def test_models(tmp_path: Path, model: Path, data: Path) -> None:
 
 
 def test_a_checkpoint_of_another_schedule(tmp_path: Path, model: Path, data: Path) -> None:
-    saving = "--save_strategy steps --save_steps 4".split()
+    saving = ["--save_strategy", "steps", "--save_steps", "4"]
     fine_tune_command(model, data, tmp_path / "one", SAT, *saving)
     message = refused(
         model,
@@ -152,14 +154,21 @@ def test_a_launcher_sees_one_message_and_exit_code_2(
 ) -> None:
     (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
     begin = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+        ],
         "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
     }[launcher]
     flags = f"--model_name_or_path {model} --train_file data.jsonl --output_dir out --method full"
     done = subprocess.run(
         [*begin, str(REPOSITORY / "finetune_sat.py"), *flags.split(), "--use_cpu"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -92,7 +92,9 @@ class DenseReference:
             self.model.zero_grad()
             logits = self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             labels = batch["labels"][:, 1:].flatten()
-            (cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum") / total).backward()
+            (
+                cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum") / total
+            ).backward()
             found.append({name: m.weight.grad.clone() for name, m in self.linears.items()})
         return found
 
@@ -265,7 +267,9 @@ def test_a_run_resumed_in_a_collection_is_the_one_never_stopped(tmp_path: Path, 
         train(model, tmp_path, resume=resume, max_steps=10, **saving)
         models.append(deltas(model))
     for name, (positions, values) in models[0].items():
-        assert torch.equal(positions, models[1][name][0]) and torch.equal(values, models[1][name][1])
+        assert torch.equal(positions, models[1][name][0]) and torch.equal(
+            values, models[1][name][1]
+        )
 
 
 def on_rank(folder: Path, output: Path, accumulation: int) -> Any:
@@ -296,7 +300,9 @@ def test_what_spiel_refuses(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             SpielConfig(**({"density": 0.1} | changes))
     model = build_model("llama3")
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.k_proj with 1536 weights gets no delta"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn.k_proj with 1536 weights gets no delta"
+    ):
         enable_spiel(model, SpielConfig(density=0.0005))
     with pytest.raises(ValueError, match="call enable_spiel first"):
         train(model, tmp_path)
