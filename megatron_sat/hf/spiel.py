@@ -130,7 +130,7 @@ class _DeltaProduct(torch.autograd.Function):
         return nn.functional.linear(input, linear.merged(input.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         (input,) = ctx.saved_tensors
         linear: SpielLinear = ctx.linear
         of_input = None
@@ -178,7 +178,7 @@ def disable_spiel(model: nn.Module) -> None:
     for _, linear in spiel_linears(model):
         with torch.no_grad():
             linear.weight.copy_(linear.merged(linear.weight.dtype))
-        linear.__class__ = nn.Linear
+        linear.__class__ = nn.Linear  # type: ignore[assignment]
         del linear.delta_values, linear.collecting, linear.candidate_gradients
         for name in _BUFFERS:
             delattr(linear, name)
