@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32,
     },
 }
-RATE, VOCABULARY = 0.96, 32000
+RATE, VOCABULARY, DEVICE = 0.96, 32000, "cuda"
 _MANY = 1_000_000
 
 
@@ -105,7 +105,7 @@ def measure(
         except ValueError as error:
             print(f"{method}: left out: {error}", flush=True)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(VOCABULARY, (batch, length), generator=generator).to("cuda")
+    tokens = torch.randint(VOCABULARY, (batch, length), generator=generator).to(DEVICE)
     data = {"input_ids": tokens, "labels": tokens}
     for runner in runners:  # the first step makes the optimizer's states
         before = torch.cuda.memory_allocated()
@@ -179,7 +179,7 @@ def make_runner(method: str, shape: str, length: int, recompute: bool) -> Runner
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = LlamaForCausalLM._from_config(config(shape, length), dtype=torch.bfloat16)
     if recompute:
         model.gradient_checkpointing_enable()
