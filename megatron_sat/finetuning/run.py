@@ -72,7 +72,11 @@ def finetune(argv: Sequence[str] | None = None) -> Trainer:
         steps = total_steps(args, len(train))
         sat = command.sat_config(steps)
         check_model(skeleton, own, sat)
-    model = load_model(own)
+    try:
+        model = load_model(own)
+    except (OSError, ValueError) as error:  # of files that all ranks read
+        message = f"--model_name_or_path {own.model_folder}: {error}"
+        raise RanksStopped(message, by_user=True) from error
     use_cache = model.config.use_cache  # which the Trainer changes
     model, callbacks = apply_method(model, own, sat, recompute=args.gradient_checkpointing)
     logger.info(describe(model, own))
@@ -105,8 +109,8 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
     if args.max_steps > 0:
         return args.max_steps
     batches = examples / args.train_batch_size
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    batches = math.ceil(batches / args.world_size)
+    rounded = math.floor if args.dataloader_drop_last else math.ceil
+    batches = rounded(rounded(batches) / args.world_size)
     updates = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     return math.ceil(args.num_train_epochs * updates)
 

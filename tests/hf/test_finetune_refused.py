@@ -103,6 +103,9 @@ def test_models(tmp_path: Path, model: Path, data: Path) -> None:
         message = refused(other, data, tmp_path / "out", *flags)
         assert "GPT2LMHeadModel is not supported by SAT; valid: Llama, Mistral" in message
     small = write_chat_model(tmp_path / "small")
+    (small / "model.safetensors").rename(small / "away")
+    message = refused(small, data, tmp_path / "out", "--method", "full")
+    assert message.startswith(f"--model_name_or_path {small}: ") and "model.safetensors" in message
     config = AutoConfig.from_pretrained(small)
     config.vocab_size = 90
     config.save_pretrained(small)
