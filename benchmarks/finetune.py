@@ -31,7 +31,7 @@ QUALITY_PANELS = {
     "held_out_accuracy": "right answers, held out",
     "harness_accuracy": "lm-evaluation-harness, accuracy",
     "held_out_loss": "held-out loss",
-    "seconds": "training time, s",
+    "training_loss": "training loss",
 }
 SPEED_PANELS = {
     "step_ms": "step, ms",
@@ -95,7 +95,7 @@ def main() -> None:
                 seeds=args.seeds,
             )
         panels = QUALITY_PANELS
-        title = f"Synthetic instructions, {args.steps} steps, {args.seeds} seeds"
+        title = f"Synthetic instructions of {args.letters} letters, {args.steps} steps"
     print_table(rows)
     if args.output:
         versions = {"transformers": importlib.metadata.version("transformers")}

@@ -119,6 +119,15 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one and the text does not say it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 @dataclass(kw_only=True)
 class CommandLine:
     """What was asked for. `TrainingArguments` are made later: making them joins the ranks."""
@@ -162,6 +171,7 @@ def build_parser() -> HfArgumentParser:
         description="Supervised fine-tuning of a chat model, with sparsity-accelerated training or "
         "one of the methods it is compared with.",
         allow_abbrev=False,
+        formatter_class=_Help,
     )
     if not any(f.name == "local_rank" for f in dataclasses.fields(TrainingArguments)):
         parser.add_argument("--local_rank", "--local-rank", type=int, help="given by launchers")
