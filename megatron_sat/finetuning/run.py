@@ -78,6 +78,7 @@ def finetune(argv: Sequence[str] | None = None) -> Trainer:
         message = f"--model_name_or_path {own.model_folder}: {error}"
         raise RanksStopped(message, by_user=True) from error
     use_cache = model.config.use_cache  # which the Trainer changes
+    transformers.set_seed(args.seed)  # of adapters that begin at random
     model, callbacks = apply_method(model, own, sat, recompute=args.gradient_checkpointing)
     logger.info(describe(model, own))
     began = _Began()
