@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -46,10 +47,11 @@ def interleaved_medians(
 
 def machine() -> dict[str, str]:
     """The columns that say where a figure comes from."""
+    on_gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
+        "cuda": str(torch.version.cuda or ""),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }

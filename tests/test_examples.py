@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_sat import SATConfig, testing
+from megatron_sat.finetuning.arguments import build_parser as finetuning_parser
 from megatron_sat.schedule import OmissionSchedule
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.training.arguments import build_parser, parse_args
@@ -70,7 +71,8 @@ def trainer_arguments(arguments: list[str]) -> list[str]:
 
 
 def test_every_script_is_tested():
-    elsewhere = {"lm_eval.sh"}  # in test_lm_eval.py
+    # In test_lm_eval.py and hf/test_finetune_example.py.
+    elsewhere = {"lm_eval.sh", "finetune_llama2_7b.sh"}
     assert {path.name for path in EXAMPLES.glob("*.sh")} == set(REQUIRED) | elsewhere
 
 
@@ -169,6 +171,7 @@ def test_folders_that_the_documentation_writes_to_are_ignored():
 def test_flags_and_links_of_the_documentation_exist(page):
     text = page.read_text()
     options = {o for action in build_parser()._actions for o in action.option_strings}
+    options |= {o for action in finetuning_parser()._actions for o in action.option_strings}
     others = {"--num_gpus", "--quiet", "--hostfile", "--work-dir", "--logdir", "--nproc-per-node"}
     others |= {"--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun's
     others |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--signals-to-handle"}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sat.exit_codes import ExitCode
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.exit_codes import ExitCode
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "examples/slurm"

@@ -1,15 +1,9 @@
-"""From a launched process to a rank of a run: environment, process groups, seeds, and how ranks
-fail together."""
+"""From a launched process to a rank of a run: environment, process groups and seeds."""
 
-import contextlib
 import datetime
-import json
 import os
 import random
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -19,25 +13,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_sat.bad_input import one_line
 from megatron_sat.cpu import enable_cpu_path
+from megatron_sat.stopping import RanksStopped, ranks_agree, run
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.exit_codes import ExitCode, RunEnded
 from megatron_sat.training.launch import Launch
 
-
-class RanksStopped(RunEnded):
-    """Raised on all ranks when at least one of them failed in `ranks_agree`.
-
-    `by_user` tells a mistake of the user's (ValueError, OSError) from a fault of the program,
-    `by_disk` an OSError from the rest.
-    """
-
-    def __init__(self, message: str, *, by_user: bool, by_disk: bool = False) -> None:
-        super().__init__(message, ExitCode.MISTAKE if by_user else ExitCode.FAULT)
-        self.by_user = by_user
-        self.by_disk = by_disk
+__all__ = ["ModelParallelUnit", "RanksStopped", "initialize", "join", "ranks_agree", "run", "start"]
 
 
 class ModelParallelUnit:
@@ -146,88 +128,3 @@ def set_seeds(seed: int) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-
-
-@contextlib.contextmanager
-def ranks_agree(doing: str) -> Iterator[None]:
-    """All ranks leave this block, or all of them raise: no one is left waiting in a collective.
-
-    For blocks without collectives of their own, entered by all ranks. The rank that failed raises
-    its own exception if that is a fault of the program, so that its traceback is kept.
-
-    Args:
-        doing: what the block does, for the message, as "reading the data".
-
-    Raises:
-        RanksStopped: the lowest failing rank's message. Without torch.distributed: the exception
-            itself.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    if not dist.is_initialized():
-        if failure is not None:
-            raise failure
-        return
-    report = None
-    if failure is not None:
-        by_disk = isinstance(failure, OSError)
-        report = (_by_user(failure), str(failure), type(failure).__name__, by_disk)
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, report)
-    failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
-    if not failed:
-        return
-    if failure is not None and not _by_user(failure):
-        raise failure
-    # A fault of the program on any rank matters more than what a user could mend.
-    rank, (by_user, message, kind, by_disk) = min(failed, key=lambda item: (item[1][0], item[0]))
-    if not by_user:
-        message = f"rank {rank} failed while {doing}: {kind}: {message}"
-    raise RanksStopped(message, by_user=by_user, by_disk=by_disk) from failure
-
-
-def run(main: Callable[[], object]) -> int:
-    """Call `main` and return the exit code, an `ExitCode`.
-
-    Where all ranks end together (`RunEnded`) or the user made a mistake, rank 0 prints one line;
-    other exceptions are raised.
-    """
-    try:
-        main()
-        return ExitCode.DONE
-    except RunEnded as error:
-        if error.code == ExitCode.FAULT:
-            raise
-        report_error(str(error), kind="stopped" if error.code == ExitCode.STOPPED else "error")
-        return error.code
-    except (ValueError, OSError) as error:
-        if dist.is_initialized():
-            # Outside of `ranks_agree` others may not know of it, and it may be the program's.
-            raise
-        report_error(str(error))
-        return ExitCode.MISTAKE
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees an exit
-            dist.destroy_process_group()
-
-
-def report_error(message: str, *, kind: str = "error", by_all: bool = False) -> None:
-    """Print why the run ends, on rank 0 (or `by_all`), and tell torchrun."""
-    message = f"{kind}: {one_line(message)}"
-    if by_all or not dist.is_initialized() or dist.get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        # torchrun ends with a traceback of its own, and below it shows what it finds here. The
-        # format is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
-        reply = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": reply}))
-
-
-def _by_user(error: Exception) -> bool:
-    return isinstance(error, ValueError | OSError)

@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from megatron_sat.exit_codes import ExitCode, RunEnded
 from megatron_sat.state import SATState
 from megatron_sat.training.checkpoint import (
     FORMAT,
@@ -35,7 +36,6 @@ from megatron_sat.training.checkpoint import (
     random_file,
 )
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.exit_codes import ExitCode, RunEnded
 from megatron_sat.training.initialize import RanksStopped, ranks_agree
 from megatron_sat.training.manifest import Entry, write_manifest
 from megatron_sat.training.publishing import collect, discard, publish

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sat.training.exit_codes import ExitCode, RunEnded
+from megatron_sat.exit_codes import ExitCode, RunEnded
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST = 2.0

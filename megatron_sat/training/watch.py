@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sat.training.exit_codes import ExitCode, RunEnded
+from megatron_sat.exit_codes import ExitCode, RunEnded
 
 WINDOW = 128
 """Losses that a spike is compared with."""

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sat.training.exit_codes import ExitCode, RunEnded
-from megatron_sat.training.initialize import report_error
+from megatron_sat.exit_codes import ExitCode, RunEnded
+from megatron_sat.stopping import report_error
 
 SILENCE = 30.0
 """Seconds without a word after which a rank in training is lost."""

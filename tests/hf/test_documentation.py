@@ -1,18 +1,21 @@
 """The code of README and docs/finetuning.md runs."""
 
-import functools
+import json
 import re
 import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from megatron_sat import SATConfig
 from megatron_sat.hf import SATCallback, enable_sat
+from megatron_sat.testing.chats import write_chat_model, write_chats
 from megatron_sat.testing.finetuning import logged, padded_records
 from megatron_sat.testing.huggingface import build_model, write_model
 
@@ -73,27 +76,59 @@ def test_the_loop(tmp_path: Path) -> None:
 
 
 def test_trls_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the classes that TRL's are made of: TRL itself is not among the tests' packages."""
+    """TRL's own trainer, on chats as it takes them."""
     monkeypatch.chdir(tmp_path)
     (code,) = [block for block in blocks("docs/finetuning.md") if "trl" in block]
-    arguments = functools.partial(
-        TrainingArguments, use_cpu=True, report_to="none", logging_steps=1, save_strategy="no"
-    )
-    trl = types.SimpleNamespace(SFTConfig=arguments, SFTTrainer=Trainer)
-    monkeypatch.setitem(sys.modules, "trl", trl)
-    values = {
-        "sat": SATConfig(
-            omission_rate=0.96,
-            total_steps=4,
-            decay_start_step=2,
-            ladder_rungs=1,
-            channel_multiple=4,
-        ),
-        "model": build_model("qwen2"),
-        "dataset": padded_records(),
-        "enable_sat": enable_sat,
-        "SATCallback": SATCallback,
-    }
-    exec(code.replace("1200", "4"), values)
-    values["trainer"].train()
-    assert logged(values["trainer"], "sat_omission_rate") == [0.96] * 2 + [0.0] * 2
+    folder = write_chat_model(tmp_path / "model", "qwen2")
+    records = [
+        json.loads(line) for line in write_chats(tmp_path / "d.jsonl").read_text().split("\n")[:-1]
+    ]
+    pairs = [record for record in records if "prompt" in record]
+    options = 'output_dir="tuned", use_cpu=True, bf16=False, report_to="none", logging_steps=1, '
+    options += 'per_device_train_batch_size=2, save_strategy="no",'
+    for more in ("", " packing=True, max_length=64,"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        values = {
+            "sat": SATConfig(
+                omission_rate=0.96,
+                total_steps=4,
+                decay_start_step=2,
+                ladder_rungs=1,
+                channel_multiple=4,
+            ),
+            "model": model,
+            "dataset": Dataset.from_list(
+                [{"prompt": r["prompt"], "completion": r["response"]} for r in pairs]
+            ),
+            "enable_sat": enable_sat,
+            "SATCallback": SATCallback,
+        }
+        exec(code.replace("1200", "4").replace('output_dir="tuned",', options + more), values)
+        assert type(values["trainer"]).__module__.startswith("trl.")
+        values["trainer"].train()
+        assert logged(values["trainer"], "sat_omission_rate") == [0.96] * 2 + [0.0] * 2
+
+
+def test_lines_for_programs_that_take_callbacks(tmp_path: Path) -> None:
+    """A program of LLaMA-Factory's shape, which loads the model and makes the Trainer itself."""
+    (code,) = [block for block in blocks("docs/finetuning.md") if "run_exp" in block]
+    folder = write_model(tmp_path / "model", "llama2")
+    trainers = []
+
+    def run_exp(arguments: dict[str, Any], callbacks: list[Any]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(arguments["model_name_or_path"])
+        args = TrainingArguments(
+            str(tmp_path / "out"), max_steps=6, use_cpu=True, report_to="none", logging_steps=1
+        )
+        trainers.append(
+            Trainer(model=model, args=args, train_dataset=padded_records(), callbacks=callbacks)
+        )
+        trainers[0].train()
+
+    factory = types.ModuleType("llamafactory.train.tuner")
+    factory.run_exp = run_exp  # type: ignore[attr-defined]
+    names = ("llamafactory", "llamafactory.train", "llamafactory.train.tuner")
+    with mock.patch.dict(sys.modules, dict.fromkeys(names, factory)):
+        exec(small(code), {"arguments": {"model_name_or_path": folder}})
+    assert logged(trainers[0], "sat_omission_rate") == [0.96] * 3 + [0.0] * 3
+    assert not any("SAT" in type(module).__name__ for module in trainers[0].model.modules())

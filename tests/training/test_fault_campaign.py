@@ -1,4 +1,4 @@
-"""The short form of the fault campaign: six disturbed runs end as the one that nothing disturbed."""
+"""The fault campaign in short: six disturbed runs end as the one that nothing disturbed."""
 
 import sys
 from collections.abc import Iterator

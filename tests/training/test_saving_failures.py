@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from megatron_sat.exit_codes import RunEnded
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training import saving
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.exit_codes import RunEnded
 from megatron_sat.training.initialize import run
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import verify

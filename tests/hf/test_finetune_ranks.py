@@ -1,0 +1,93 @@
+"""`finetune_sat.py` on two ranks: DistributedDataParallel and ZeRO-3."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing.chats import SAT, fine_tune_command, write_chat_model, write_chats
+from megatron_sat.testing.finetuning import logged
+
+ZERO_3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+def train(model: Path, data: Path, output: Path, flags: list[str]) -> dict[str, Any]:
+    trainer = fine_tune_command(model, data, output, flags, "--validation_file", str(data))
+    wrapped = trainer.model_wrapped
+    result = {"wrapper": type(wrapped).__name__, "losses": logged(trainer)}
+    result["evaluated"] = logged(trainer, "eval_loss")
+    if hasattr(wrapped, "destroy"):
+        wrapped.destroy()
+    return result
+
+
+@pytest.mark.parametrize("method", ["sat", "lora"])
+def test_two_ranks_are_one_with_the_same_batch(
+    tmp_path: Path, model: Path, data: Path, method: str
+) -> None:
+    config = tmp_path / "zero3.json"
+    config.write_text(json.dumps(ZERO_3))
+    flags = SAT if method == "sat" else ["--method", "lora", "--lora_r", "4", "--lora_dropout", "0"]
+    one = [*flags, "--per_device_train_batch_size", "8"]
+    (expected,) = run_on_ranks(train, 1, model, data, tmp_path / "one", one)
+    tuned = load_file(tmp_path / "one" / "tuned" / "model.safetensors")
+    for wrapper, more in {
+        "DistributedDataParallel": [],
+        "DeepSpeedEngine": ["--deepspeed", str(config)],
+    }.items():
+        output = tmp_path / wrapper
+        for rank in run_on_ranks(train, 2, model, data, output, [*flags, *more]):
+            assert rank["wrapper"] == wrapper
+            assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+            assert rank["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-2)
+        found = load_file(output / "tuned" / "model.safetensors")
+        assert found.keys() == tuned.keys()
+        for name, tensor in tuned.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def with_a_file_that_rank_1_lacks(model: Path, data: Path, output: Path) -> None:
+    import torch.distributed as dist
+
+    path = data if dist.get_rank() == 0 else data.with_name("absent.jsonl")
+    fine_tune_command(model, path, output, "--method", "full")
+
+
+def test_ranks_stop_together(tmp_path: Path, model: Path, data: Path) -> None:
+    with pytest.raises(RankError, match=r"absent.jsonl: cannot be read") as error:
+        run_on_ranks(with_a_file_that_rank_1_lacks, 2, model, data, tmp_path)
+    assert error.value.rank == 0
+    assert "RanksStopped" in error.value.details
+
+
+def test_zero_3_that_would_save_nothing_is_refused(tmp_path: Path, model: Path, data: Path) -> None:
+    config = tmp_path / "zero3.json"
+    config.write_text(json.dumps(ZERO_3 | {"zero_optimization": {"stage": 3}}))
+    with pytest.raises(RankError, match="stage3_gather_16bit_weights_on_model_save must be true"):
+        run_on_ranks(
+            train, 1, model, data, tmp_path, ["--method", "full", "--deepspeed", str(config)]
+        )
