@@ -223,22 +223,30 @@ class Campaign:
         _check_codes(fault, outcome.exit_codes, text)
 
     def _restart(self, argv: list[str], job: Job, save: Path, outcome: Outcome) -> None:
-        """The same command until it is done."""
-        codes: list[int | None] = outcome.exit_codes
-        while any(codes) or outcome.starts == 1:
-            assert outcome.starts < 4, f"exit codes {codes} after {outcome.starts} starts"
-            known = set(save.glob("run-*.json"))
-            complete = outcome.complete if outcome.starts == 1 else None
-            with faults.start_ranks(argv, job.ranks) as ranks:
-                codes = ranks.wait(seconds=START)
-                text = ranks.output(0)
-            outcome.starts += 1
-            new = [path.stem.split("-")[1] for path in set(save.glob("run-*.json")) - known]
-            outcome.resumed_from += map(int, new)
-            newest = max(complete, default=0) if complete is not None else None
-            if newest is not None and newest < ITERATIONS:
-                assert new == [str(newest)], f"resumed from {new}, not {newest}: {text}"
-            assert codes == [0] * job.ranks, f"exit codes {codes}: {text}"
+        """The same command until it is done.
+
+        Where damage leaves no checkpoint at all it must say so, and not begin anew by itself: a
+        person then removes the folder.
+        """
+        known = set(save.glob("run-*.json"))
+        if outcome.damaged and not outcome.complete:
+            codes, text = self._start(argv, job, outcome)
+            assert codes == [2] * job.ranks and "no checkpoint can be loaded" in text, text
+            assert known == set(save.glob("run-*.json")), "it began anew by itself"
+            shutil.rmtree(save / outcome.damaged.partition("/")[0])
+        newest = max(outcome.complete, default=0)
+        codes, text = self._start(argv, job, outcome)
+        assert codes == [0] * job.ranks, f"exit codes {codes}: {text}"
+        new = [int(path.stem.split("-")[1]) for path in set(save.glob("run-*.json")) - known]
+        outcome.resumed_from += new
+        expected = [newest] if newest < ITERATIONS else []
+        assert new in (expected, [newest]), f"resumed from {new}, not {newest}: {text}"
+
+    def _start(self, argv: list[str], job: Job, outcome: Outcome) -> tuple[list[int | None], str]:
+        """Exit codes and output of a start that nothing disturbs."""
+        outcome.starts += 1
+        with faults.start_ranks(argv, job.ranks) as ranks:
+            return ranks.wait(seconds=START), ranks.output(0)
 
 
 def _is_at(moment: str, at: int, save: Path) -> bool:

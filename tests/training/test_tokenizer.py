@@ -117,7 +117,7 @@ def test_a_vocabulary_that_holds_the_tokenizer_is_accepted(sentencepiece_model: 
         ("HuggingFaceTokenizer", "absent", "absent does not exist"),
         ("HuggingFaceTokenizer", "garbage", "garbage is a file"),
         ("HuggingFaceTokenizer", "empty", "empty is not the folder of a Hugging Face tokenizer"),
-        ("HuggingFaceTokenizer", "broken", "broken is not the folder of a Hugging Face tokenizer"),
+        ("HuggingFaceTokenizer", "broken", "broken/tokenizer.json is damaged"),
         ("HuggingFaceTokenizer", "endless", "endless has no end-of-sequence"),
         ("NullTokenizer", None, "NullTokenizer needs --vocab-size"),
         ("WordTokenizer", "garbage", "unknown tokenizer 'WordTokenizer'; valid are Sentence"),
