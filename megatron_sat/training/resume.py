@@ -40,7 +40,9 @@ def check_save_folder(config: TrainingConfig) -> None:
     found = [path.parent.name for path in folder.glob(f"*/{RUN_STATE}")]
     # A job killed while it saved, or removed a checkpoint, leaves one that nothing can load.
     complete = [name for name in found if not name.startswith((UNFINISHED, DELETED))]
-    if complete or (folder / LATEST).exists():
+    # Without the checkpoint that it named, the file says nothing; a person removed that.
+    named = (folder / LATEST).exists() and not config.checkpoint.auto_resume
+    if complete or named:
         advice = f"give --load {save} to go on with it, or another folder"
         if config.finetune:
             advice = (

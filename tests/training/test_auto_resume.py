@@ -180,6 +180,11 @@ def test_a_damaged_checkpoint_is_never_a_reason_to_begin_anew(
         assert message.startswith(f"error: --load {save}: no checkpoint can be loaded: ")
         assert "optim_states.pt is missing" in message
     assert numbers(save) == lines and len(list_checkpoints(save)) == 1
+    for folder in list_checkpoints(save):  # a person removes them, and overlooks `latest`
+        shutil.rmtree(folder)
+    assert (save / "latest").exists()
+    argv = tiny_run(tiny_data, "--auto-resume --train-iters 4", save=save)
+    assert run_on_ranks(start, 1, argv, 2)[0][2] == 1
 
 
 def test_another_setting_is_refused_at_a_restart(tmp_path: Path, tiny_data: Path) -> None:
