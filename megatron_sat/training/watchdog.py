@@ -6,7 +6,8 @@ them and writes its verdict there; the others read it and end. Where the store i
 they know rank 0 for lost.
 
 - A process that is gone, or stopped (SIGSTOP), tells nothing: lost after `silence` seconds, or
-  after `_SHORT_SILENCE` as soon as another rank has seen a connection break.
+  after `_SHORT_SILENCE` as soon as another rank has seen a connection break. While others wait
+  for it they name it for its silence, not for the place that it last told.
 - A main thread that hangs still has its telling thread, and does not move on: after `stall` seconds
   in one place. Others wait for it, so those that are least far are named.
 
@@ -90,7 +91,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._rank, self._world_size = 0, 1
         self._store: Any = None
-        self._clock = _RunningTime()
+        self._clock = _RunningTime(longest_turn=3 * self._interval)
         self._may_leave = True
         self._ending = False
 
@@ -98,7 +99,7 @@ class Watchdog:
     def limit(self) -> float:
         """Seconds, in training, from a fault to the end of the last rank."""
         # Telling, looking, the verdict's way, and until all have read it.
-        return self._stall + 4 * self._interval + _linger(self._interval)
+        return max(self._stall, self._silence) + 4 * self._interval + _linger(self._interval)
 
     def at(self, doing: str, *, iteration: int | None = None, slow: bool = False) -> None:
         """The main thread begins to do something else, as "the forward pass". Costs a lock."""
@@ -176,7 +177,6 @@ class Watchdog:
     def _watch_alone(self) -> None:
         dumped = -1
         while not self._stop.wait(self._interval):
-            self._clock.tick(self._interval)
             self._told()
             if self._is_stalled(self._beat) and dumped != self._beat.moves:
                 dumped = self._beat.moves
@@ -187,7 +187,6 @@ class Watchdog:
         keys = [f"beat/{rank}" for rank in range(self._world_size)]
         heard = [(0, self._clock.now())] * self._world_size
         while not self._stop.wait(self._interval):
-            self._clock.tick(self._interval)
             self._look_where()
             self._store.set(keys[0], self._told())
             beats = [_Beat(**json.loads(told)) for told in self._store.multi_get(keys)]
@@ -208,7 +207,6 @@ class Watchdog:
         threading.Thread(target=self._talk, args=(talk,), daemon=True).start()
         last, words = self._clock.now(), 0
         while not self._stop.wait(self._interval):
-            self._clock.tick(self._interval)
             if talk.verdict is not None:
                 self._end(_Verdict(**json.loads(talk.verdict)))
             if talk.words != words:
@@ -245,9 +243,11 @@ class Watchdog:
             if beat.failure is not None:
                 return _Verdict(f"rank {rank} ({beat.host}) failed {_place(beat)}: {beat.failure}")
         broken = any(beat.broken for beat in beats)
+        stalled = any(self._is_stalled(beat) for beat in beats)
         lost = []
         for rank, (beat, silence) in enumerate(zip(beats, silences, strict=True)):
-            limit = self._silence * (SLOW if beat.slow else 1)
+            # Where others have waited too long already, a slow place is no excuse.
+            limit = self._silence * (SLOW if beat.slow and not stalled else 1)
             if silence > (min(limit, _SHORT_SILENCE) if broken else limit) and not beat.over:
                 lost.append(
                     f"rank {rank} ({beat.host}, process {beat.pid}) has not been heard of for "
@@ -255,7 +255,11 @@ class Watchdog:
                 )
         if lost:
             return _Verdict("; ".join(lost))
-        if not any(self._is_stalled(beat) for beat in beats):
+        silent = any(
+            silence > 3 * self._interval and not beat.over
+            for beat, silence in zip(beats, silences, strict=True)
+        )
+        if not stalled or silent:  # who is silent is soon heard again, or lost
             return None
         waiting = [beat for beat in beats if not beat.over]
         last = min(beat.moves for beat in waiting)
@@ -366,20 +370,21 @@ class _Talk:
 
 
 class _RunningTime:
-    """Seconds in which this process ran: what is longer than a turn of the watch was a pause."""
+    """Seconds in which this process ran. Threads ask at least once in `longest_turn` seconds, so
+    what is longer between two questions, whoever asks, was a pause."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_turn: float) -> None:
+        self._longest_turn = longest_turn
+        self._lock = threading.Lock()
         self._last = time.monotonic()
         self._paused = 0.0
 
     def now(self) -> float:
-        return time.monotonic() - self._paused
-
-    def tick(self, expected: float) -> None:
-        """A turn of the watch ends, which takes `expected` seconds or a little more."""
-        now = time.monotonic()
-        self._paused += max(0.0, now - self._last - 3 * expected)
-        self._last = now
+        with self._lock:
+            now = time.monotonic()
+            self._paused += max(0.0, now - self._last - self._longest_turn)
+            self._last = now
+            return now - self._paused
 
 
 def _linger(interval: float) -> float:

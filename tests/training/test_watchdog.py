@@ -13,7 +13,7 @@ import pytest
 from megatron_sat.testing.processes import Processes, start_processes
 from megatron_sat.testing.training import tiny_run
 from megatron_sat.training.metrics import METRICS_FILE
-from megatron_sat.training.watchdog import Watchdog
+from megatron_sat.training.watchdog import Watchdog, _Beat, _RunningTime
 
 STALL = 3.0
 FLAGS = f"--train-iters 100000 --eval-iters 0 --hang-timeout-minutes {STALL / 60} --zero-stage 3 "
@@ -62,6 +62,50 @@ def test_a_rank_that_is_gone_ends_the_others(tmp_path, tiny_data, number, lost):
                 assert f"process {processes.pids[lost]}" in message and "in iteration" in message
         everything = "".join(processes.output(rank) for rank in others)
         assert "Traceback" not in everything
+
+
+@pytest.mark.parametrize(
+    ("silences", "seconds", "expected"),
+    [
+        # Others wait, and the rank that is behind has said nothing for a while: heard or lost soon.
+        ((0.0, 2.0, 0.0), (3.1, 0.0, 3.1), None),
+        ((0.0, 3.1, 0.0), (4.2, 0.0, 4.2), "rank 1 (b, process 2) has not been heard of for 3 s"),
+        # It was ahead of them when it died.
+        ((0.0, 3.1, 0.0), (4.2, -1.0, 4.2), "rank 1 (b, process 2) has not been heard of for 3 s"),
+        # All talk.
+        ((0.2, 0.5, 0.0), (3.1, 3.4, 3.1), "rank 1 (b) stalled in iteration 1, at building for 3"),
+        # Nobody waits too long: a slow place may be silent for longer.
+        ((0.0, 17.0, 0.0), (1.0, 0.0, 1.0), None),
+        ((0.0, 19.0, 0.0), (1.0, 0.0, 1.0), "rank 1 (b, process 2) has not been heard of for 19"),
+    ],
+)
+def test_a_silent_rank_is_named_for_its_silence(silences, seconds, expected):
+    watchdog = Watchdog(stall=3.0)
+    moves = (9, 9 - (2 if seconds[1] >= 0 else -1), 9)
+    beats = [
+        _Beat(host="abc"[rank], pid=rank + 1, moves=moves[rank], seconds=seconds[rank])
+        for rank in range(3)
+    ]
+    for beat in beats:
+        beat.iteration, beat.doing, beat.slow = 5, "the backward pass", False
+    # The last that rank 1 told is from the first step, which compiles.
+    beats[1].iteration, beats[1].doing, beats[1].slow = 1, "building", seconds[1] <= 0
+    verdict = watchdog._judge(beats, list(silences))
+    if expected is None:
+        assert verdict is None
+    else:
+        assert verdict.text.startswith(expected)
+
+
+def test_a_pause_is_one_whichever_thread_notices_it_first():
+    clock = _RunningTime(longest_turn=0.1)
+    threads = [threading.Thread(target=lambda: times.append(clock.now())) for _ in range(4)]
+    times = [clock.now()]
+    time.sleep(0.5)  # nobody asks
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert 0.09 < times[1] - times[0] < 0.3 and times[-1] - times[1] < 0.3
 
 
 def hang_on_rank_1(*argv: str) -> int:
