@@ -4,10 +4,12 @@ comes out with runs that nothing disturbed.
 
     python benchmarks/fault_campaign.py --cases 200 --output benchmarks/results/fault_campaign.csv
 
-Each case is a line of the CSV; cases that are there already are passed over, so that a campaign may
-run in several sittings. Final losses and all tensors of the last checkpoint (weights, optimizer and
-random states) have to be equal bit for bit, every restart has to go on from the newest complete
-checkpoint, and all ranks have to be gone within the stated time. Code 1 if a case fails.
+Each case is a line of the CSV; cases of the same seed that are there already are passed over, so
+that a campaign may run in several sittings. Final losses and all tensors of the last checkpoint
+(weights, optimizer and random states) have to be equal bit for bit, every restart has to go on from
+the newest complete checkpoint, and all ranks have to be gone within the stated time. Code 1 if a
+case of the CSV failed. A fault that came too late to change anything, as one after the last step,
+is told as not struck.
 
 Full disks and hosts that vanish need root, to mount a small disk and to make networks.
 """
@@ -16,7 +18,6 @@ import argparse
 import contextlib
 import csv
 import datetime
-import itertools
 import os
 import random
 import shutil
@@ -58,7 +59,9 @@ FAULTS = (
     "dead host",
     "paused process",
 )
+FILE_FAULTS = ("truncated file", "flipped bit", "removed latest")
 FIELDS = [
+    "seed",
     "case",
     "fault",
     "moment",
@@ -71,6 +74,7 @@ FIELDS = [
     "seconds_to_stop",
     "complete",
     "damaged",
+    "struck",
     "resumed_from",
     "starts",
     "equal",
@@ -109,6 +113,8 @@ class Outcome:
     seconds: float = 0.0
     complete: list[int] = field(default_factory=list)
     damaged: str = ""
+    struck: bool = False
+    """The fault changed how the run ended, or what it left."""
     resumed_from: list[int] = field(default_factory=list)
     starts: int = 1
     problem: str = ""
@@ -153,6 +159,7 @@ class Campaign:
         if not outcome.problem:
             shutil.rmtree(save, ignore_errors=True)
         return {
+            "seed": self.seed,
             "case": case,
             "fault": fault,
             "moment": moment,
@@ -165,6 +172,7 @@ class Campaign:
             "seconds_to_stop": round(outcome.seconds, 2),
             "complete": " ".join(map(str, outcome.complete)),
             "damaged": outcome.damaged,
+            "struck": int(outcome.struck),
             "resumed_from": " ".join(map(str, outcome.resumed_from)),
             "starts": outcome.starts,
             "equal": int(not outcome.problem),
@@ -199,7 +207,9 @@ class Campaign:
         outcome: Outcome,
     ) -> None:
         """The first start, and its fault; returns when all ranks are gone."""
-        at = source.randrange(1, ITERATIONS)
+        # What happens to files needs some.
+        first = SAVE_INTERVAL + 1 if fault in FILE_FAULTS else 1
+        at = source.randrange(first, ITERATIONS)
         one = source.randrange(job.ranks)
         with faults.start_ranks(argv, job.ranks, hosts=hosts) as ranks:
             ranks.wait_until(
@@ -214,10 +224,14 @@ class Campaign:
             outcome.iteration = _iterations_done(save)
             text = "".join(ranks.output(rank) for rank in range(job.ranks))
         complete = faults.complete_checkpoints(save)
-        if fault in ("truncated file", "flipped bit") and complete:
-            damage = faults.flip_byte if fault == "flipped bit" else faults.truncate_file
-            outcome.damaged = damage(save / f"global_step{complete.pop()}", source)
+        outcome.struck = any(outcome.exit_codes)
+        if fault in ("truncated file", "flipped bit"):
+            outcome.struck = bool(complete)
+            if complete:
+                damage = faults.flip_byte if fault == "flipped bit" else faults.truncate_file
+                outcome.damaged = damage(save / f"global_step{complete.pop()}", source)
         if fault == "removed latest":
+            outcome.struck = (save / "latest").exists()
             (save / "latest").unlink(missing_ok=True)
         outcome.complete = complete
         _check_codes(fault, outcome.exit_codes, text)
@@ -322,26 +336,28 @@ def _check_codes(fault: str, codes: list[int | None], text: str) -> None:
     assert set(codes) <= allowed, f"exit codes {codes}: {text}"
 
 
-def finished(path: Path) -> set[int]:
-    """The cases that a CSV has."""
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV."""
     if not path.exists():
-        return set()
+        return []
     with open(path, newline="") as file:
-        return {int(row["case"]) for row in csv.DictReader(file)}
+        return list(csv.DictReader(file))
 
 
-def table(path: Path) -> str:
-    """The cases of a CSV by fault."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    lines = [f"{'fault':16} {'cases':>6} {'equal':>6} {'slowest stop, s':>16}"]
-    for fault, group in itertools.groupby(
-        sorted(rows, key=lambda r: FAULTS.index(r["fault"])), key=lambda r: r["fault"]
-    ):
-        cases = list(group)
-        slowest = max(float(row["seconds_to_stop"]) for row in cases)
-        equal = sum(int(row["equal"]) for row in cases)
-        lines.append(f"{fault:16} {len(cases):6} {equal:6} {slowest:16.1f}")
+def finished(rows: list[dict[str, str]], seed: int) -> set[int]:
+    """The cases of a seed among lines, failed ones too."""
+    return {int(row["case"]) for row in rows if int(row["seed"]) == seed}
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Cases by fault."""
+    lines = [f"{'fault':16} {'cases':>6} {'struck':>7} {'equal':>6} {'slowest stop, s':>16}"]
+    for fault in FAULTS:
+        if cases := [row for row in rows if row["fault"] == fault]:
+            struck = sum(int(row["struck"]) for row in cases)
+            equal = sum(int(row["equal"]) for row in cases)
+            slowest = max(float(row["seconds_to_stop"]) for row in cases)
+            lines.append(f"{fault:16} {len(cases):6} {struck:7} {equal:6} {slowest:16.1f}")
     return "\n".join(lines)
 
 
@@ -355,8 +371,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="begin no case after so many")
     args = parser.parse_args()
     end = time.monotonic() + 60 * (args.minutes or 1e9)
-    done = finished(args.output)
-    failures = 0
+    done = finished(read(args.output), args.seed)
     place = Path(tempfile.mkdtemp(dir=args.folder, prefix="faults-"))
     campaign = Campaign(place, args.seed)
     due = [c for c in range(args.cases) if c not in done]
@@ -366,17 +381,17 @@ def main() -> int:
         if args.only not in (None, FAULTS[case % len(FAULTS)]):
             continue
         row = campaign.run(case)
-        failures += not row["equal"]
         is_new = not args.output.exists()
         with open(args.output, "a", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             if is_new:
                 writer.writeheader()
             writer.writerow(row)
-    if args.output.exists():
-        print(table(args.output))
-    if failures:
-        print(f"error: {failures} cases failed; their folders are in {place}", file=sys.stderr)
+    rows = read(args.output)
+    print(table(rows))
+    failed = [row["case"] for row in rows if not int(row["equal"])]
+    if failed:
+        print(f"error: failed: cases {', '.join(failed)}; see {place}", file=sys.stderr)
         return 1
     shutil.rmtree(place)
     return 0
