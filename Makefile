@@ -11,7 +11,7 @@ USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
 
-# More arguments for pytest or the quickstart: make test ARGS="-k schedule"
+# More arguments for pytest or the quickstart: make test ARGS="-k schedule -n 0"
 ARGS ?=
 
 help: ## show this list
@@ -32,8 +32,10 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/pip check
 	touch $@
 
+# Files go to two processes: many tests wait, for a rank to be missed or for a launcher to import.
 test: $(STAMP) ## run all tests that this machine can run
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 test-cluster: $(STAMP) ## every launcher on two small hosts, and SLURM; needs root, installs packages
 	tests/cluster/install.sh
