@@ -162,12 +162,16 @@ class Trainer:
     def _stop_if(self, reason: str | None) -> None:
         if reason is None:
             return
-        self.finish_saving(last=True)
-        saved = f"{self.last_saved} is its last checkpoint"
-        if self.config.checkpoint.save is None:
-            saved = "nothing is saved without --save"
-        elif self.last_saved is None:
+        saved = "nothing is saved without --save"
+        if self.config.checkpoint.save is not None and self.iteration == 0:
             saved = "there was nothing to save yet"
+        elif self.config.checkpoint.save is not None:
+            self.finish_saving()
+            if not self._saver.has_saved(self.iteration):
+                # A save that another was to follow has failed, and the reason to stop came since.
+                self._watchdog.at("saving", slow=True)
+                self._save_checkpoint(last=True)
+            saved = f"{self.last_saved} is its last checkpoint"
         raise Stopped(f"{reason} after iteration {self.iteration}; {saved}")
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -310,12 +314,15 @@ class Trainer:
         )
         checkpoint = self.config.checkpoint
         if checkpoint.save is not None:
-            self._start_saving()
-            if last or not checkpoint.async_save:
-                self.finish_saving(last=last)
+            self._save_checkpoint(last=last)
         complete = self.iteration >= self.config.train_iters
         if checkpoint.save_hf is not None and (complete or checkpoint.save_hf_every_save):
             self._save_hf(last=last)
+
+    def _save_checkpoint(self, *, last: bool) -> None:
+        self._start_saving(last=last)
+        if last or not self.config.checkpoint.async_save:
+            self.finish_saving(last=last)
 
     def save_snapshot(self, folder: Path) -> None:
         """Save a checkpoint in another ``folder`` than ``--save``, and wait for it. Collective. It
@@ -323,7 +330,7 @@ class Trainer:
         self._start_saving(snapshot_in=folder)
         self.finish_saving()
 
-    def _start_saving(self, *, snapshot_in: Path | None = None) -> None:
+    def _start_saving(self, *, snapshot_in: Path | None = None, last: bool = False) -> None:
         self._saver.start(
             progress=self.progress,
             state=self.state,
@@ -331,6 +338,7 @@ class Trainer:
             padded_vocab_size=self.padded_vocab_size,
             data=self.datasets.described,
             snapshot_in=snapshot_in,
+            last=last,
         )
 
     def poll_saving(self) -> None:

@@ -114,6 +114,7 @@ class CheckpointSaver:
         padded_vocab_size: int,
         data: Mapping[str, Any],
         snapshot_in: Path | None = None,
+        last: bool = False,
     ) -> None:
         """Begin to save ``<save>/global_step<iteration>`` as the run stands now. Collective.
 
@@ -124,15 +125,16 @@ class CheckpointSaver:
         Args:
             snapshot_in: a folder to save in instead of ``--save``; what is saved there is not
                 ``last_saved``, and nothing is removed for it.
+            last: no other save follows; to be given to :meth:`finish` as well.
 
         Raises:
-            RunEnded: on all ranks, if a save has failed once too often.
+            RunEnded: on all ranks, if a save has failed once too often; at all, with ``last``.
         """
         self._finish_earlier()
         save, failure = self._make_room(progress.iteration, snapshot_in)
         self._save = save
         if failure is not None:
-            self._ended(save, failure)
+            self._ended(save, failure, last=last)
             return
         description = {
             "format": FORMAT,
@@ -148,6 +150,11 @@ class CheckpointSaver:
             self._write_now(save, files)
         else:
             self._write_later(save, files, self._memory)
+
+    def has_saved(self, iteration: int) -> bool:
+        """Whether ``last_saved`` is this run's checkpoint of ``iteration``."""
+        save = self._config.checkpoint.save
+        return save is not None and self.last_saved == Path(save) / folder_name(iteration)
 
     def before_update(self) -> None:
         """To be called before the optimizer changes what a save in flight may still copy."""
@@ -304,7 +311,7 @@ class CheckpointSaver:
             keep_every=checkpoint.keep_every,
         )
 
-    def _ended(self, save: _Save, failure: str | None, *, last: bool = False) -> None:
+    def _ended(self, save: _Save, failure: str | None, *, last: bool) -> None:
         self._save = None
         if failure is None:
             self._failures[save.what] = 0

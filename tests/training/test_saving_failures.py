@@ -1,6 +1,7 @@
 """What a checkpoint that cannot be written does to a run."""
 
 import contextlib
+import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from megatron_sat.training.initialize import run
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import verify
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.stop import Stopping
 from tests.training.saves import (
     FORMS,
     RUN,
@@ -119,6 +121,57 @@ def test_no_place_for_a_checkpoint(tmp_path: Path, tiny_data: Path) -> None:
     first, second = run_on_ranks(train_without_room, 2, argv, ())
     assert first[:3] == second[:3] == (None, 4, "global_step4")
     assert "unfinished-global_step2 cannot be written (Not a directory)" in first[3][0]
+
+
+@FORMS
+def test_no_place_for_the_last_checkpoint(form: str, tmp_path: Path, tiny_data: Path) -> None:
+    (tmp_path / "unfinished-global_step2").write_text("in the way")
+    argv = tiny_run(tiny_data, RUN + f"--train-iters 2 {form}", save=tmp_path)
+    for ended, iteration, last, _ in run_on_ranks(train_without_room, 2, argv, ()):
+        assert ended is not None and ended[1] == 74 and (iteration, last) == (2, None)
+        assert ended[0].startswith("the last checkpoint could not be saved: global_step2: rank 0")
+        assert "cannot be written (Not a directory); no checkpoint was saved" in ended[0]
+
+
+def stop_when_a_save_has_failed(argv: list[str], failures: int) -> tuple[str, int]:
+    """A signal comes during the save of step 2, whose first attempts fail. How the run ends."""
+    attempts = itertools.count(1)
+    make_room = saving.CheckpointSaver._make_room
+
+    def refuse(self: Any, iteration: int, snapshot_in: Path | None) -> Any:
+        if dist.get_rank() == 0 and iteration == 2 and next(attempts) > failures:
+            (Path(argv[-1]) / "unfinished-global_step2").unlink(missing_ok=True)
+        return make_room(self, iteration, snapshot_in)
+
+    def ask(self: Stopping, iteration: int) -> str | None:
+        return "SIGTERM (rank 0)" if iteration == 2 else None
+
+    with (
+        messages(),
+        mock.patch.object(saving.CheckpointSaver, "_make_room", refuse),
+        mock.patch.object(Stopping, "ask", ask),
+        pytest.raises(RunEnded) as end,
+    ):
+        train(argv)
+    return str(end.value), int(end.value.code)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_stop_after_a_save_that_failed_saves_again(
+    failures: int, tmp_path: Path, tiny_data: Path
+) -> None:
+    (tmp_path / "unfinished-global_step2").write_text("in the way")
+    flags = RUN + f"--train-iters 4 --save-interval 1 --save {tmp_path}"
+    ends = run_on_ranks(stop_when_a_save_has_failed, 2, tiny_run(tiny_data, flags), failures)
+    assert ends[0] == ends[1]
+    message, code = ends[0]
+    if failures == 1:
+        last = f"{tmp_path}/global_step2"
+        assert message == f"SIGTERM (rank 0) after iteration 2; {last} is its last checkpoint"
+        assert code == 75 and find_checkpoint(str(tmp_path)).progress.iteration == 2
+    else:
+        assert message.startswith("the last checkpoint could not be saved: global_step2: rank 0: ")
+        assert code == 74 and message.endswith(f"checkpoint is {tmp_path}/global_step1")
 
 
 def test_an_end_for_want_of_saves_has_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
