@@ -192,6 +192,7 @@ class Trainer:
             self._watchdog.at("the backward pass", slow=compiles)
             engine.backward(loss_sum / loss_denominator(loss_sum, count))
             if engine.is_gradient_accumulation_boundary():
+                self._numbers.compare_copies(self.iteration + 1)
                 self._watchdog.at("the optimizer's step", slow=compiles)
                 self._stopping.begin()
                 if self._checks_gradients:

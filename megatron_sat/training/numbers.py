@@ -73,16 +73,29 @@ class Numbers:
         """What the next losses are compared with."""
         return [] if self._spikes is None else list(self._spikes.losses)
 
+    def compare_copies(self, iteration: int) -> None:
+        """Where it is time for it: whether ranks hold the same of what they have copies of.
+        Collective; WrongNumbers if not.
+
+        To be called right before the optimizer's step of `iteration`, which at ZeRO stages 1 to 3
+        overwrites every copy with what its owner has: until then they have lived longest.
+        """
+        interval = self._config.watch.check_weight_hash_across_dp_replicas_interval
+        if interval and iteration % interval == 0:
+            self._watchdog.at("comparing copies of parameters")
+            last_saved = self._saver.last_saved
+            check_replicas(self._engine.module, iteration=iteration, last_saved=last_saved)
+
     def look(
         self, iteration: int, losses: Sequence[tuple[Tensor, Tensor]], *, skipped: bool
     ) -> None:
-        """After step `iteration`: whether it was skipped, jumped, or left ranks with different
-        copies. Collective; WrongNumbers where the run must end.
+        """After step `iteration`: whether it was skipped, and whether its loss jumped. Collective;
+        WrongNumbers where the run must end.
 
         `losses` are, of each micro-batch of this rank, the sum of its tokens' losses and their
         number: scalars.
         """
-        watch, last_saved = self._config.watch, self._saver.last_saved
+        last_saved = self._saver.last_saved
         self._watchdog.at("looking at the numbers")
         if skipped:
             forget_skipped_gradients(self._engine.optimizer)
@@ -90,9 +103,6 @@ class Numbers:
             self._display.message(" " + self._skips.skipped(iteration, sums, last_saved=last_saved))
         else:
             self._skips.applied()
-        interval = watch.check_weight_hash_across_dp_replicas_interval
-        if interval and iteration % interval == 0:
-            check_replicas(self._engine.module, iteration=iteration, last_saved=last_saved)
         if self._spikes is not None and not skipped:
             self.spike = self._spikes.add(mean_loss(*zip(*losses, strict=True)))
 

@@ -223,7 +223,7 @@ def drifted(argv: list[str], rank: int, name: str) -> str:
     def flip(self, batches):
         if self.iteration == 2 and dist.get_rank() == rank:
             parameter = dict(self.engine.module.named_parameters())[name]
-            parameter.data.view(torch.int32).view(-1)[1] ^= 1
+            parameter.data.view(torch.uint8).view(-1)[1] ^= 1
         train_step(self, batches)
 
     with mock.patch.object(Trainer, "train_step", flip), pytest.raises(WrongNumbers) as end:
@@ -239,8 +239,11 @@ LINEAR = "decoder.layers.0.mlp.linear_fc1.weight"
 @pytest.mark.parametrize(
     "flags, name, expected",
     [
-        # The optimizer's step of stage 0 keeps the difference.
+        # The optimizer's step of stage 0 keeps the difference, that of the others ends it.
         ("--zero-stage 0", LINEAR, f"data-parallel rank 2 differs from 0, 1 in {LINEAR}"),
+        ("--zero-stage 1", LINEAR, f"data-parallel rank 2 differs from 0, 1 in {LINEAR}"),
+        ("--zero-stage 2 --bf16", LINEAR, f"data-parallel rank 2 differs from 0, 1 in {LINEAR}"),
+        ("--zero-stage 3", NORM, f"data-parallel rank 2 differs from 0, 1 in {NORM}"),
     ],
 )
 def test_copies_that_differ_stop_the_run(tmp_path, tiny_data, flags, name, expected):
