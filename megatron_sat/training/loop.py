@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_sat.communication import check_equal_subsets
+from megatron_sat.exit_codes import ExitCode, RunEnded
 from megatron_sat.state import SATState
 from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
 from megatron_sat.training.checkpoint import Progress
@@ -28,7 +29,7 @@ from megatron_sat.training.numbers import Numbers
 from megatron_sat.training.saving import CheckpointSaver
 from megatron_sat.training.step_flops import model_shape, step_flops
 from megatron_sat.training.stop import Stopped, Stopping
-from megatron_sat.training.watch import check_finite_parameters, loss_denominator
+from megatron_sat.training.watch import WrongNumbers, check_finite_parameters, loss_denominator
 from megatron_sat.training.watchdog import Watchdog
 
 
@@ -113,7 +114,15 @@ class Trainer:
         where saving fails too often. All of them on all ranks.
         """
         with self._saver:
-            self._train()
+            try:
+                self._train()
+            except RunEnded as end:
+                if end.code != ExitCode.FAULT:  # a rank with a fault of its own is gone by then
+                    self._watchdog.at("waiting for a checkpoint to be written", slow=True)
+                    self._saver.conclude()
+                if isinstance(end, WrongNumbers):
+                    raise WrongNumbers(f"{end}; {self._saver.last_good}") from end
+                raise
 
     def _train(self) -> None:
         config = self.config
@@ -310,9 +319,7 @@ class Trainer:
         once too often; at all, with ``last``.
         """
         self._watchdog.at("saving", slow=True)
-        check_finite_parameters(
-            self.engine.module, iteration=self.iteration, last_saved=self.last_saved
-        )
+        check_finite_parameters(self.engine.module, iteration=self.iteration)
         checkpoint = self.config.checkpoint
         if checkpoint.save is not None:
             self._save_checkpoint(last=last)

@@ -83,8 +83,7 @@ class Numbers:
         interval = self._config.watch.check_weight_hash_across_dp_replicas_interval
         if interval and iteration % interval == 0:
             self._watchdog.at("comparing copies of parameters")
-            last_saved = self._saver.last_saved
-            check_replicas(self._engine.module, iteration=iteration, last_saved=last_saved)
+            check_replicas(self._engine.module, iteration=iteration)
 
     def look(
         self, iteration: int, losses: Sequence[tuple[Tensor, Tensor]], *, skipped: bool
@@ -95,12 +94,11 @@ class Numbers:
         `losses` are, of each micro-batch of this rank, the sum of its tokens' losses and their
         number: scalars.
         """
-        last_saved = self._saver.last_saved
         self._watchdog.at("looking at the numbers")
         if skipped:
             forget_skipped_gradients(self._engine.optimizer)
             sums = [loss for loss, _ in losses]
-            self._display.message(" " + self._skips.skipped(iteration, sums, last_saved=last_saved))
+            self._display.message(" " + self._skips.skipped(iteration, sums))
         else:
             self._skips.applied()
         if self._spikes is not None and not skipped:
@@ -153,10 +151,7 @@ class Numbers:
         if last_saved is None:
             return None
         if self._rolled_back_to.count(last_saved) == MOST_ROLLBACKS:
-            raise WrongNumbers(
-                f"{why.strip()}, after {MOST_ROLLBACKS} rollbacks to one checkpoint",
-                last_saved=last_saved,
-            )
+            raise WrongNumbers(f"{why.strip()}, after {MOST_ROLLBACKS} rollbacks to one checkpoint")
         back = roll_back(self._engine, last_saved, config=self._config, state=self._state)
         if back is not None:
             self._rolled_back_to.append(last_saved)

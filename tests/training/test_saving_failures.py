@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import verify
 from megatron_sat.training.search import find_checkpoint
 from megatron_sat.training.stop import Stopping
+from megatron_sat.training.watch import SkippedSteps, WrongNumbers
 from tests.training.saves import (
     FORMS,
     RUN,
@@ -32,6 +34,7 @@ from tests.training.saves import (
     step_of,
     writing,
 )
+from tests.training.spoiling import Spoiler
 
 
 def train_without_room(
@@ -211,6 +214,65 @@ def test_exports_that_fail_count_for_themselves(tmp_path: Path, tiny_data: Path)
 def export_without_room(argv: list[str]) -> tuple[tuple[str, int] | None, list[str]]:
     with largest_file(100_000):
         return export_failing(argv)
+
+
+def test_an_end_for_want_of_exports_waits_for_the_checkpoint(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "unfinished-iter_0000002").write_text("in the way")
+    flags = RUN + "--train-iters 4 --save-interval 2 --async-save --max-save-failures 1 "
+    flags += f"--save-hf {tmp_path}/hf --save-hf-every-save"
+    save = tmp_path / "save"
+    ends = run_on_ranks(export_failing, 2, tiny_run(tiny_data, flags, save=save))
+    assert ends[0][0] == ends[1][0] is not None and ends[0][0][1] == 74
+    assert ends[0][0][0].startswith("Hugging Face folder not saved 1 times in a row")
+    assert ends[0][0][0].endswith(f"; the last good checkpoint is {save}/global_step2")
+    assert verify(save / "global_step2") == []
+
+
+def go_wrong_while_a_save_is_in_flight(argv: list[str], held: bool) -> tuple[str, int, list[str]]:
+    """Step 5 is one skipped step too many; files of step 4 are written no sooner, or are ``held``
+    until the run gives them up. How it ends, and what was said of saves."""
+    wrong = threading.Event()
+    skipped = SkippedSteps.skipped
+
+    def go_wrong(self: SkippedSteps, *args: Any) -> str:
+        wrong.set()
+        return skipped(self, *args)
+
+    write = saving.write_file
+
+    def hold(path: Path, fill: WriteFile, *, abandoned: threading.Event) -> Any:
+        if step_of(path) == 4:
+            assert (abandoned if held else wrong).wait(timeout=60)
+        return write(path, fill, abandoned=abandoned)
+
+    with (
+        mock.patch.object(saving, "write_file", hold),
+        mock.patch.object(saving, "_LAST_SECONDS", 1 if held else 60),
+        mock.patch.object(SkippedSteps, "skipped", go_wrong),
+        pytest.raises(WrongNumbers) as end,
+    ):
+        spoiler = Spoiler(losses=(5,))
+        spoiler.run(argv)
+    told = [line for line in spoiler.messages if "saved" in line or "WARNING" in line]
+    return str(end.value), int(end.value.code), told
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_wrong_numbers_do_not_cost_the_checkpoint_that_is_being_written(
+    held: bool, tmp_path: Path, tiny_data: Path
+) -> None:
+    flags = RUN + "--train-iters 6 --save-interval 2 --async-save --max-skipped-steps 1"
+    argv = tiny_run(tiny_data, flags, save=tmp_path)
+    first, second = run_on_ranks(go_wrong_while_a_save_is_in_flight, 2, argv, held)
+    assert first[:2] == second[:2] and first[1] == 70
+    good = tmp_path / ("global_step2" if held else "global_step4")
+    assert first[0].endswith(f"--max-skipped-steps is 1; the last good checkpoint is {good}")
+    assert verify(good) == [] and find_checkpoint(str(tmp_path)).folder == good
+    last = f" WARNING: {tmp_path}/global_step4 is given up, it is not written after 1 s"
+    assert first[2][-1] == (last if held else f" saved {good}")
 
 
 def test_an_export_without_room_is_an_io_error(tmp_path: Path, tiny_data: Path) -> None:
