@@ -30,9 +30,10 @@ from megatron_sat.training.deepspeed_config import build_deepspeed_config
 from megatron_sat.training.display import Display
 from megatron_sat.training.initialize import initialize, start
 from megatron_sat.training.learning_rate import LearningRate
-from megatron_sat.training.loop import Trainer, model_shape, step_flops
+from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import MetricsSinks
 from megatron_sat.training.model import build_engine, build_model
+from megatron_sat.training.step_flops import model_shape, step_flops
 
 # Flags of each shape; 7b-8 is eight of its layers, which with its states fits two GPUs.
 MODELS = {

@@ -36,8 +36,8 @@ from megatron_sat.state import KeptCounts, SATState, stored_counts
 from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree, set_seeds
-from megatron_sat.training.loop import model_shape
 from megatron_sat.training.model import transformer_config
+from megatron_sat.training.step_flops import model_shape
 
 # Counts tried: the multiples of these nearest to the exact count of a selection group, if they are
 # multiples of --sat-channel-multiple, and leave out at most this much more or less than the rate.

@@ -1,8 +1,7 @@
 """The training loop."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,24 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_sat.communication import check_equal_subsets
-from megatron_sat.flops import ModelShape, training_flops
+from megatron_sat.exit_codes import ExitCode, RunEnded
 from megatron_sat.state import SATState
 from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
 from megatron_sat.training.checkpoint import Progress
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Datasets
 from megatron_sat.training.display import Display
-from megatron_sat.training.gradients import (
-    discard_gradients,
-    forget_skipped_gradients,
-    gradient_norm,
-)
+from megatron_sat.training.gradients import discard_gradients, gradient_norm
 from megatron_sat.training.hf import export, plan_export
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.meter import IntervalMeter
-from megatron_sat.training.metrics import EvalRecord, MetricsSinks, SpikeRecord, TrainRecord
-from megatron_sat.training.replicas import check_replicas
-from megatron_sat.training.rollback import roll_back, snapshot_folder, write_spike
+from megatron_sat.training.metrics import EvalRecord, MetricsSinks, TrainRecord
+from megatron_sat.training.numbers import Numbers
 from megatron_sat.training.saving import CheckpointSaver
+from megatron_sat.training.step_flops import model_shape, step_flops
 from megatron_sat.training.stop import Stopped, Stopping
-from megatron_sat.training.watch import (
-    MOST_ROLLBACKS,
-    NonFiniteGradients,
-    SkippedSteps,
-    Spike,
-    SpikeDetector,
-    WrongNumbers,
-    check_finite_parameters,
-    loss_denominator,
-    mean_loss,
-)
+from megatron_sat.training.watch import WrongNumbers, check_finite_parameters, loss_denominator
 from megatron_sat.training.watchdog import Watchdog
 
 
@@ -96,15 +81,6 @@ class Trainer:
         self._stops: str | None = None
         self._is_first_step = True
         self._step_losses: list[tuple[Tensor, Tensor]] = []
-        self._gradients = NonFiniteGradients(engine)
-        self._skips = SkippedSteps(most=config.watch.max_skipped_steps, gradients=self._gradients)
-        self._spikes: SpikeDetector | None = None
-        if config.watch.loss_spike_threshold is not None:
-            self._spikes = SpikeDetector(
-                config.watch.loss_spike_threshold, losses=progress.recent_losses
-            )
-        self._spike: Spike | None = None
-        self._rolled_back_to: list[Path] = []
         self._meter = IntervalMeter(
             device=self._device,
             data_parallel_group=self._data_parallel_group,
@@ -113,6 +89,18 @@ class Trainer:
             skipped_steps=progress.skipped_steps,
         )
         self._saver = CheckpointSaver(engine, config, say=display.message, last_saved=last_saved)
+        self._numbers = Numbers(
+            config,
+            engine=engine,
+            state=state,
+            learning_rate=learning_rate,
+            saver=self._saver,
+            save_snapshot=self.save_snapshot,
+            sinks=sinks,
+            display=display,
+            watchdog=self._watchdog,
+            recent_losses=progress.recent_losses,
+        )
 
     @property
     def last_saved(self) -> Path | None:
@@ -126,7 +114,15 @@ class Trainer:
         where saving fails too often. All of them on all ranks.
         """
         with self._saver:
-            self._train()
+            try:
+                self._train()
+            except RunEnded as end:
+                if end.code != ExitCode.FAULT:  # a rank with a fault of its own is gone by then
+                    self._watchdog.at("waiting for a checkpoint to be written", slow=True)
+                    self._saver.conclude()
+                if isinstance(end, WrongNumbers):
+                    raise WrongNumbers(f"{end}; {self._saver.last_good}") from end
+                raise
 
     def _train(self) -> None:
         config = self.config
@@ -151,10 +147,14 @@ class Trainer:
             logs = saves or stops or self.iteration % config.logging.log_interval == 0
             if logs:
                 self.log()
-            if self._spike is not None:
+            if self._numbers.spike is not None:
                 with self._meter.paused():
-                    self._meet_spike(self._spike)
-                self._spike = None
+                    self._numbers.meet_spike(
+                        self._numbers.spike,
+                        iteration=self.iteration,
+                        consumed_samples=self.consumed_samples,
+                        skipped_steps=self._meter.skipped_steps,
+                    )
             if is_last or self.iteration % config.eval_interval == 0:
                 with self._meter.paused():
                     self.evaluate()
@@ -171,12 +171,16 @@ class Trainer:
     def _stop_if(self, reason: str | None) -> None:
         if reason is None:
             return
-        self.finish_saving(last=True)
-        saved = f"{self.last_saved} is its last checkpoint"
-        if self.config.checkpoint.save is None:
-            saved = "nothing is saved without --save"
-        elif self.last_saved is None:
+        saved = "nothing is saved without --save"
+        if self.config.checkpoint.save is not None and self.iteration == 0:
             saved = "there was nothing to save yet"
+        elif self.config.checkpoint.save is not None:
+            self.finish_saving()
+            if not self._saver.has_saved(self.iteration):
+                # A save that another was to follow has failed, and the reason to stop came since.
+                self._watchdog.at("saving", slow=True)
+                self._save_checkpoint(last=True)
+            saved = f"{self.last_saved} is its last checkpoint"
         raise Stopped(f"{reason} after iteration {self.iteration}; {saved}")
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -197,12 +201,14 @@ class Trainer:
             self._watchdog.at("the backward pass", slow=compiles)
             engine.backward(loss_sum / loss_denominator(loss_sum, count))
             if engine.is_gradient_accumulation_boundary():
+                self._numbers.compare_copies(self.iteration + 1)
                 self._watchdog.at("the optimizer's step", slow=compiles)
                 self._stopping.begin()
                 if self._checks_gradients:
                     self._gradient_norm = gradient_norm(engine.module)
                     if not self._gradients_are_finite():
-                        self._gradients.look()  # before they are clipped by what is not finite
+                        # Before they are clipped by what is not finite.
+                        self._numbers.gradients.look()
                 self._saver.before_update()
             engine.step()
         self._stops = self._stopping.answer(self.iteration + 1)
@@ -220,77 +226,7 @@ class Trainer:
             dense_flops=self._flops(tokens, 0.0),
             skipped=skipped,
         )
-        self._look_at_numbers(skipped=skipped)
-
-    def _look_at_numbers(self, *, skipped: bool) -> None:
-        """After a step: whether it was skipped, jumped, or left ranks with different copies."""
-        watch = self.config.watch
-        self._watchdog.at("looking at the numbers")
-        if skipped:
-            forget_skipped_gradients(self.engine.optimizer)
-            losses = [loss for loss, _ in self._step_losses]
-            self.display.message(
-                " " + self._skips.skipped(self.iteration, losses, last_saved=self.last_saved)
-            )
-        else:
-            self._skips.applied()
-        interval = watch.check_weight_hash_across_dp_replicas_interval
-        if interval and self.iteration % interval == 0:
-            check_replicas(self.engine.module, iteration=self.iteration, last_saved=self.last_saved)
-        if self._spikes is not None and not skipped:
-            loss = mean_loss(*zip(*self._step_losses, strict=True))
-            self._spike = self._spikes.add(loss)
-
-    def _meet_spike(self, spike: Spike) -> None:
-        """Save a snapshot and, if asked, go back to the last checkpoint. Collective."""
-        assert self._spikes is not None
-        self._watchdog.at("saving a snapshot of a loss spike", slow=True)
-        record = SpikeRecord(
-            iteration=self.iteration,
-            samples=(self.consumed_samples - self.config.global_batch_size, self.consumed_samples),
-            rolled_back_to=None,
-            **asdict(spike),
-        )
-        message = (
-            f" loss spike in iteration {self.iteration}: {spike.loss:.4f}, where the median was "
-            f"{spike.median:.4f} and the deviation {spike.deviation:.4f}"
-        )
-        self.finish_saving()
-        if (folder := snapshot_folder(self.config, self.iteration)) is not None:
-            write_spike(
-                folder, record, losses=list(self._spikes.losses)[:-1], lr=self.learning_rate.lr
-            )
-            self.save_snapshot(folder)
-            message += f"; snapshot in {folder}"
-        if self.config.watch.rollback_on_spike:
-            back = self._roll_back(message)
-            record = replace(record, rolled_back_to=back)
-            if back is None:
-                message += "; there is no checkpoint of these ranks to go back to"
-            else:
-                self._spikes.forget_last()
-                message += f"; going on with the parameters of iteration {back}"
-        self.sinks.log_spike(record)
-        self.display.message(message)
-
-    def _roll_back(self, why: str) -> int | None:
-        if self.last_saved is None:
-            return None
-        if self._rolled_back_to.count(self.last_saved) == MOST_ROLLBACKS:
-            raise WrongNumbers(
-                f"{why.strip()}, after {MOST_ROLLBACKS} rollbacks to one checkpoint",
-                last_saved=self.last_saved,
-            )
-        back = roll_back(self.engine, self.last_saved, config=self.config, state=self.state)
-        if back is not None:
-            self._rolled_back_to.append(self.last_saved)
-            # They count the run's steps, which go on.
-            self.engine.global_steps = self.iteration
-            self.engine.global_samples = self.consumed_samples
-            self.engine.skipped_steps = self._meter.skipped_steps
-            self.learning_rate.set_iteration(self.iteration - 1)
-            self.state.begin_step(self.iteration)
-        return back
+        self._numbers.look(self.iteration, self._step_losses, skipped=skipped)
 
     def _gradients_are_finite(self) -> bool:
         return self._gradient_norm is not None and math.isfinite(float(self._gradient_norm))
@@ -383,17 +319,18 @@ class Trainer:
         once too often; at all, with ``last``.
         """
         self._watchdog.at("saving", slow=True)
-        check_finite_parameters(
-            self.engine.module, iteration=self.iteration, last_saved=self.last_saved
-        )
+        check_finite_parameters(self.engine.module, iteration=self.iteration)
         checkpoint = self.config.checkpoint
         if checkpoint.save is not None:
-            self._start_saving()
-            if last or not checkpoint.async_save:
-                self.finish_saving(last=last)
+            self._save_checkpoint(last=last)
         complete = self.iteration >= self.config.train_iters
         if checkpoint.save_hf is not None and (complete or checkpoint.save_hf_every_save):
             self._save_hf(last=last)
+
+    def _save_checkpoint(self, *, last: bool) -> None:
+        self._start_saving(last=last)
+        if last or not self.config.checkpoint.async_save:
+            self.finish_saving(last=last)
 
     def save_snapshot(self, folder: Path) -> None:
         """Save a checkpoint in another ``folder`` than ``--save``, and wait for it. Collective. It
@@ -401,7 +338,7 @@ class Trainer:
         self._start_saving(snapshot_in=folder)
         self.finish_saving()
 
-    def _start_saving(self, *, snapshot_in: Path | None = None) -> None:
+    def _start_saving(self, *, snapshot_in: Path | None = None, last: bool = False) -> None:
         self._saver.start(
             progress=self.progress,
             state=self.state,
@@ -409,6 +346,7 @@ class Trainer:
             padded_vocab_size=self.padded_vocab_size,
             data=self.datasets.described,
             snapshot_in=snapshot_in,
+            last=last,
         )
 
     def poll_saving(self) -> None:
@@ -445,7 +383,7 @@ class Trainer:
             consumed_tokens=self._meter.tokens,
             skipped_steps=self._meter.skipped_steps,
             first_validation_losses=self._first_validation_losses,
-            recent_losses=[] if self._spikes is None else list(self._spikes.losses),
+            recent_losses=self._numbers.recent_losses,
         )
 
     def _train_batches(self) -> Iterator[Batch]:
@@ -462,38 +400,3 @@ class Trainer:
 
     def _flops(self, tokens: int, rate: float) -> int:
         return step_flops(self.config, self._shape, self.state, tokens=tokens, rate=rate)
-
-
-def model_shape(config: TrainingConfig, padded_vocab_size: int) -> ModelShape:
-    """The sizes that decide what a step costs."""
-    model = config.model
-    return ModelShape(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        vocab_size=padded_vocab_size,
-        seq_length=model.seq_length,
-        gated=model.swiglu,
-    )
-
-
-def step_flops(
-    config: TrainingConfig, shape: ModelShape, state: SATState, *, tokens: int, rate: float
-) -> int:
-    """Floating-point operations of training on ``tokens`` tokens at omission ``rate``."""
-    parallel = config.parallel
-    kept: Mapping[str, int | None] = state.kept_units(rate)
-    return training_flops(
-        shape,
-        tokens=tokens,
-        heads_kept=kept["attention"],
-        channels_kept=kept["mlp"],
-        recompute=parallel.recompute_granularity,
-        recompute_layers=(
-            parallel.recompute_num_layers if parallel.recompute_method == "block" else None
-        ),
-        recompute_modules=parallel.recompute_modules or ("core_attn",),
-    )

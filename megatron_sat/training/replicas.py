@@ -7,7 +7,6 @@ like.
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def bit_hash(tensor: Tensor) -> Tensor:
     return result
 
 
-def check_replicas(model: torch.nn.Module, *, iteration: int, last_saved: Path | None) -> None:
+def check_replicas(model: torch.nn.Module, *, iteration: int) -> None:
     """WrongNumbers on all ranks, with the names of parameters and ranks, if copies differ.
     Collective."""
     differences = [
@@ -52,8 +51,7 @@ def check_replicas(model: torch.nn.Module, *, iteration: int, last_saved: Path |
     found = sorted({line for lines in reports for line in lines})
     if found:
         raise WrongNumbers(
-            f"iteration {iteration}: copies that must be equal differ: " + "; ".join(found),
-            last_saved=last_saved,
+            f"iteration {iteration}: copies that must be equal differ: " + "; ".join(found)
         )
 
 

@@ -17,12 +17,12 @@ from megatron_sat.training.checkpoint import (
     StoredCheckpoint,
     write_latest,
 )
+from megatron_sat.training.checkpoint_arguments import same_folder
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Described
 from megatron_sat.training.hf import export_folder
 from megatron_sat.training.metrics import METRICS_FILE
 from megatron_sat.training.search import list_checkpoints
-from megatron_sat.training.validation import same_folder
 
 _ABANDONED = "abandoned-"
 """Before the name of what lies in a --save folder and is no part of its run any more."""

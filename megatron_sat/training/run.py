@@ -23,6 +23,7 @@ from megatron_sat.training.checkpoint import (
     check_compatible,
     load_checkpoint,
 )
+from megatron_sat.training.checkpoint_arguments import check_paths
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import build_datasets
 from megatron_sat.training.deepspeed_config import build_deepspeed_config
@@ -37,7 +38,7 @@ from megatron_sat.training.hf import (
 from megatron_sat.training.initialize import initialize, ranks_agree, start
 from megatron_sat.training.launch import idle_tasks
 from megatron_sat.training.learning_rate import LearningRate
-from megatron_sat.training.loop import Trainer, model_shape, step_flops
+from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
 from megatron_sat.training.reshard import Resharding, other_subsets, plan_resharding
@@ -55,10 +56,11 @@ from megatron_sat.training.resume import (
 )
 from megatron_sat.training.run_file import write_run_file
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.step_flops import model_shape, step_flops
 from megatron_sat.training.stop import Signals, Stopping
 from megatron_sat.training.tokenizer import build_tokenizer
 from megatron_sat.training.topology import Topology
-from megatron_sat.training.validation import check_paths, check_sat_layout
+from megatron_sat.training.validation import check_sat_layout
 from megatron_sat.training.watchdog import Watchdog
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import safetensors.torch
-import torch
 import torch.distributed as dist
 
 from megatron_sat.exit_codes import ExitCode, RunEnded
@@ -36,17 +35,20 @@ from megatron_sat.training.checkpoint import (
     random_file,
 )
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.initialize import RanksStopped, ranks_agree
+from megatron_sat.training.initialize import RanksStopped
 from megatron_sat.training.manifest import Entry, write_manifest
 from megatron_sat.training.publishing import collect, discard, publish
 from megatron_sat.training.random_state import random_state
 from megatron_sat.training.retention import remove_expired, remove_leftovers
 from megatron_sat.training.staging import HostMemory, Staging
+from megatron_sat.training.work import all_done, done, reports
 from megatron_sat.training.writing import HashingFile, save_torch, write_file
 
 _POLL_SECONDS = 1.0
 """How long ranks wait for their threads before they ask each other again: no collective waits for
 a disk."""
+_LAST_SECONDS = 600
+"""How long the end of a run waits for what is in flight."""
 _CHECKPOINT = "checkpoint"
 
 
@@ -98,7 +100,8 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """After an error a save in flight is given up: its folder stays unfinished."""
+        """After an error a save in flight is given up: its folder stays unfinished. Where all ranks
+        have the same one, :meth:`conclude` comes before."""
         assert kind is not None or self._save is None, "a save is in flight"
         self._abandoned.set()
         self._thread.shutdown()
@@ -114,6 +117,7 @@ class CheckpointSaver:
         padded_vocab_size: int,
         data: Mapping[str, Any],
         snapshot_in: Path | None = None,
+        last: bool = False,
     ) -> None:
         """Begin to save ``<save>/global_step<iteration>`` as the run stands now. Collective.
 
@@ -124,15 +128,16 @@ class CheckpointSaver:
         Args:
             snapshot_in: a folder to save in instead of ``--save``; what is saved there is not
                 ``last_saved``, and nothing is removed for it.
+            last: no other save follows; to be given to :meth:`finish` as well.
 
         Raises:
-            RunEnded: on all ranks, if a save has failed once too often.
+            RunEnded: on all ranks, if a save has failed once too often; at all, with ``last``.
         """
         self._finish_earlier()
         save, failure = self._make_room(progress.iteration, snapshot_in)
         self._save = save
         if failure is not None:
-            self._ended(save, failure)
+            self._ended(save, failure, last=last)
             return
         description = {
             "format": FORMAT,
@@ -149,6 +154,11 @@ class CheckpointSaver:
         else:
             self._write_later(save, files, self._memory)
 
+    def has_saved(self, iteration: int) -> bool:
+        """Whether ``last_saved`` is this run's checkpoint of ``iteration``."""
+        save = self._config.checkpoint.save
+        return save is not None and self.last_saved == Path(save) / folder_name(iteration)
+
     def before_update(self) -> None:
         """To be called before the optimizer changes what a save in flight may still copy."""
         if self._save is not None and self._save.staging is not None:
@@ -160,7 +170,7 @@ class CheckpointSaver:
         Raises:
             RunEnded: as :meth:`start`.
         """
-        if self._save is not None and _all_done(self._save.work):
+        if self._save is not None and all_done(self._save.work):
             self._go_on(self._save, last=False)
 
     def finish(self, *, last: bool = False) -> None:
@@ -171,8 +181,35 @@ class CheckpointSaver:
         """
         while (save := self._save) is not None:
             concurrent.futures.wait([save.work], timeout=_POLL_SECONDS)
-            if _all_done(save.work):
+            if all_done(save.work):
                 self._go_on(save, last=last)
+
+    def conclude(self) -> None:
+        """Wait for the save in flight, if there is one, since the run ends for another reason: some
+        minutes at most, and where it fails that is said and no more. Collective."""
+        for _ in range(int(_LAST_SECONDS / _POLL_SECONDS)):  # as often on all ranks
+            if (save := self._save) is None:
+                return
+            concurrent.futures.wait([save.work], timeout=_POLL_SECONDS)
+            if all_done(save.work):
+                try:
+                    self._go_on(save, last=False)
+                except RunEnded as error:
+                    if error.code != ExitCode.SAVING_FAILED:
+                        raise
+                    self._say(f" WARNING: {error}")
+        if self._save is not None:
+            self._say(
+                f" WARNING: {self._save.folder} is given up, it is not written after "
+                f"{_LAST_SECONDS} s"
+            )
+
+    @property
+    def last_good(self) -> str:
+        """`last_saved`, in words for the end of a message."""
+        if self.last_saved is None:
+            return "no checkpoint was saved"
+        return f"the last good checkpoint is {self.last_saved}"
 
     @contextlib.contextmanager
     def counted(self, what: str, *, last: bool) -> Iterator[None]:
@@ -216,8 +253,8 @@ class CheckpointSaver:
             except OSError as error:
                 fault = error
         what = _CHECKPOINT if snapshot_in is None else "snapshot"
-        save = _Save(iteration, folder, unfinished, _done(fault), what)
-        return save, _reports(f"making room for {folder}", save.work)[1]
+        save = _Save(iteration, folder, unfinished, done(fault), what)
+        return save, reports(f"making room for {folder}", save.work)[1]
 
     def _write_now(self, save: _Save, files: Mapping[str, bytes]) -> None:
         entries: dict[str, Entry] = {}
@@ -231,7 +268,7 @@ class CheckpointSaver:
                 entries |= self._write_own(save.unfinished, files)
             except Exception as error:
                 fault = error
-        save.work = _done(fault, entries)
+        save.work = done(fault, entries)
 
     def _write_later(self, save: _Save, files: Mapping[str, bytes], memory: HostMemory) -> None:
         staging = Staging(memory)
@@ -247,7 +284,7 @@ class CheckpointSaver:
             except Exception as error:
                 fault = error
         if fault is not None:
-            save.work = _done(fault)
+            save.work = done(fault)
             return
         if memory.fault is not None:
             self._say(f" WARNING: training waits for copies to host memory: {memory.fault}")
@@ -278,7 +315,7 @@ class CheckpointSaver:
 
     def _go_on(self, save: _Save, *, last: bool) -> None:
         """All ranks have done their part: to the next one, or to the end."""
-        results, failure = _reports(f"writing {save.folder}", save.work)
+        results, failure = reports(f"writing {save.folder}", save.work)
         if failure is not None:
             self._ended(save, failure, last=last)
         elif save.publishing:
@@ -286,7 +323,7 @@ class CheckpointSaver:
                 self._say(f" WARNING: {fault}")
             self._ended(save, None, last=last)
         else:
-            save.staging, save.publishing, save.work = None, True, _done(None, [])
+            save.staging, save.publishing, save.work = None, True, done(None, [])
             if dist.get_rank() == 0:
                 known = {name: entry for entries in results for name, entry in entries.items()}
                 save.work = self._thread.submit(self._publish, save, known)
@@ -304,7 +341,7 @@ class CheckpointSaver:
             keep_every=checkpoint.keep_every,
         )
 
-    def _ended(self, save: _Save, failure: str | None, *, last: bool = False) -> None:
+    def _ended(self, save: _Save, failure: str | None, *, last: bool) -> None:
         self._save = None
         if failure is None:
             self._failures[save.what] = 0
@@ -321,18 +358,16 @@ class CheckpointSaver:
         """Report a failed save of ``what``; RunEnded if it is one too many."""
         limit = self._config.checkpoint.max_save_failures
         self._failures[what] = count = self._failures.get(what, 0) + 1
-        good = (
-            "no checkpoint was saved"
-            if self.last_saved is None
-            else (f"the last good checkpoint is {self.last_saved}")
-        )
-        if last:
-            message = f"the last {what} could not be saved: {failure}; {good}"
-            raise RunEnded(message, ExitCode.SAVING_FAILED)
-        if count >= limit:
+        if not last and count < limit:
+            line = f"{what} not saved ({count} in a row), {failure}"
+            self._say(f" WARNING: {line}; {self.last_good}")
+            return
+        self.conclude()
+        message = f"the last {what} could not be saved: {failure}"
+        if not last:
             message = f"{what} not saved {count} times in a row (--max-save-failures {limit}), "
-            raise RunEnded(f"{message}now {failure}; {good}", ExitCode.SAVING_FAILED)
-        self._say(f" WARNING: {what} not saved ({count} in a row), {failure}; {good}")
+            message += f"now {failure}"
+        raise RunEnded(f"{message}; {self.last_good}", ExitCode.SAVING_FAILED)
 
 
 def _own_files(description: Mapping[str, Any], state: SATState) -> dict[str, bytes]:
@@ -346,39 +381,3 @@ def _own_files(description: Mapping[str, Any], state: SATState) -> dict[str, byt
         text = json.dumps({**description, "sat": sat_state}, indent=2) + "\n"
         files[RUN_STATE] = text.encode()
     return files
-
-
-def _done(fault: BaseException | None, result: Any = None) -> "Future[Any]":
-    """Work that has ended."""
-    work: Future[Any] = Future()
-    if fault is None:
-        work.set_result(result)
-    else:
-        work.set_exception(fault)
-    return work
-
-
-def _all_done(work: "Future[Any]") -> bool:
-    """Whether all ranks' work has ended. Collective."""
-    done = torch.tensor(int(work.done()))
-    dist.all_reduce(done, op=dist.ReduceOp.MIN)
-    return bool(done)
-
-
-def _reports(doing: str, work: "Future[Any]") -> tuple[list[Any], str | None]:
-    """All ranks' results, or the first one's I/O error. Collective; other faults are raised."""
-    fault = work.exception()
-    with ranks_agree(doing):
-        if fault is not None and not isinstance(fault, OSError):
-            raise fault
-    own = (work.result(), None) if fault is None else (None, _reason(fault))
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, own)
-    failures = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(reports) if reason]
-    return [result for result, _ in reports], next(iter(failures), None)
-
-
-def _reason(error: OSError) -> str:
-    if error.filename is None or error.strerror is None:
-        return str(error) or type(error).__name__
-    return f"{error.filename} cannot be written ({error.strerror})"

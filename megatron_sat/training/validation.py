@@ -3,15 +3,12 @@
 Every check raises ValueError with the flag's name, its value and what would be valid.
 """
 
-import contextlib
-import os
 import re
-import tempfile
-from pathlib import Path
 
 import torch
 
 from megatron_sat.bad_input import reason, shorten
+from megatron_sat.training.checkpoint_arguments import at_least, check_checkpoint
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.watch_arguments import check_watch
 
@@ -26,7 +23,7 @@ def check_config(config: TrainingConfig) -> None:
     _check_recomputation(config)
     _check_learning_rate(config)
     _check_data(config)
-    _check_checkpoint(config)
+    check_checkpoint(config)
     _check_train_only(config)
     _check_autotune(config)
     check_watch(config.watch, save=config.checkpoint.save)
@@ -85,46 +82,6 @@ def check_sat_layout(config: TrainingConfig, *, resuming: bool) -> None:
         )
 
 
-def check_paths(config: TrainingConfig, *, rank: int) -> None:
-    """The load directory exists; the save and TensorBoard directories can be written.
-
-    Rank 0 makes the directories, writes a file in each and removes what it made: other checks are
-    to come, and a run that is refused leaves nothing behind.
-    """
-    load = config.checkpoint.load
-    if load is not None and not os.path.isdir(load):
-        raise ValueError(f"--load {load}: there is no such directory")
-    if rank != 0:
-        return
-    places = {"--save": config.checkpoint.save, "--tensorboard-dir": config.logging.tensorboard_dir}
-    for flag, path in places.items():
-        if path is None:
-            continue
-        try:
-            _try_writing(Path(path))
-        except OSError as error:
-            raise ValueError(
-                f"{flag} {path} cannot be written ({error.strerror}); give a folder that can"
-            ) from error
-
-
-def _try_writing(folder: Path) -> None:
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
-            pass
-    finally:
-        for place in missing:
-            with contextlib.suppress(OSError):  # not made, or in use by now
-                place.rmdir()
-
-
-def _at_least(flag: str, value: float | None, least: float) -> None:
-    if value is not None and not value >= least:
-        raise ValueError(f"{flag} is {value}; valid: at least {least}")
-
-
 def _within(flag: str, value: float, *, above: float | None = None, below: float) -> None:
     """0 <= value < below, or above < value <= below."""
     if above is None and not 0 <= value < below:
@@ -147,20 +104,20 @@ def _check_numbers(config: TrainingConfig) -> None:
         "make_vocab_size_divisible_by",
         "vocab_size",
     ):
-        _at_least("--" + name.replace("_", "-"), getattr(model, name), 1)
-    _at_least("--tensor-model-parallel-size", config.parallel.tensor_model_parallel_size, 1)
+        at_least("--" + name.replace("_", "-"), getattr(model, name), 1)
+    at_least("--tensor-model-parallel-size", config.parallel.tensor_model_parallel_size, 1)
     for name in ("micro_batch_size", "global_batch_size", "train_iters", "eval_interval"):
-        _at_least("--" + name.replace("_", "-"), getattr(config, name), 1)
-    _at_least("--eval-iters", config.eval_iters, 0)
-    _at_least("--seed", config.seed, 1)
+        at_least("--" + name.replace("_", "-"), getattr(config, name), 1)
+    at_least("--eval-iters", config.eval_iters, 0)
+    at_least("--seed", config.seed, 1)
     if not 1 <= config.distributed_timeout_minutes <= _LONGEST_TIMEOUT:
         raise ValueError(
             f"--distributed-timeout-minutes is {config.distributed_timeout_minutes}; valid: 1 to "
             f"{_LONGEST_TIMEOUT}, a year"
         )
-    _at_least("--log-interval", config.logging.log_interval, 1)
-    _at_least("--num-workers", config.data.num_workers, 0)
-    _at_least("--init-method-std", model.init_method_std, 0)
+    at_least("--log-interval", config.logging.log_interval, 1)
+    at_least("--num-workers", config.data.num_workers, 0)
+    at_least("--init-method-std", model.init_method_std, 0)
     _within("--rotary-percent", model.rotary_percent, above=0, below=1)
     for flag, positive in (
         ("--norm-epsilon", model.norm_epsilon),
@@ -275,7 +232,7 @@ def _check_learning_rate(config: TrainingConfig) -> None:
         ("--weight-decay", optimizer.weight_decay),
         ("--clip-grad", optimizer.clip_grad),
     ):
-        _at_least(flag, value, 0)
+        at_least(flag, value, 0)
     if not 0 < optimizer.lr < float("inf"):
         raise ValueError(f"--lr is {optimizer.lr}; valid: above 0")
     for flag, value in (
@@ -288,7 +245,7 @@ def _check_learning_rate(config: TrainingConfig) -> None:
     _within("--adam-beta2", optimizer.adam_beta2, below=1)
     if not optimizer.adam_eps > 0:
         raise ValueError(f"--adam-eps is {optimizer.adam_eps}; valid: above 0")
-    _at_least("--lr-decay-iters", optimizer.lr_decay_iters, 1)
+    at_least("--lr-decay-iters", optimizer.lr_decay_iters, 1)
     if not 0 <= optimizer.lr_warmup_iters < optimizer.lr_decay_iters:
         raise ValueError(
             f"--lr-warmup-iters is {optimizer.lr_warmup_iters}; valid: at least 0 and below "
@@ -342,58 +299,6 @@ def _check_data(config: TrainingConfig) -> None:
             raise ValueError("--tokenizer-type NullTokenizer needs --vocab-size")
     elif data.tokenizer_model is None:
         raise ValueError(f"--tokenizer-type {data.tokenizer_type} needs --tokenizer-model")
-
-
-def _check_checkpoint(config: TrainingConfig) -> None:
-    checkpoint = config.checkpoint
-    _at_least("--save-interval", checkpoint.save_interval, 1)
-    _at_least("--keep-last", checkpoint.keep_last, 1)
-    _at_least("--keep-every", checkpoint.keep_every, 1)
-    _at_least("--max-save-failures", checkpoint.max_save_failures, 1)
-    _at_least("--ckpt-step", checkpoint.ckpt_step, 0)
-    for flag, needs_save in (
-        ("--save-interval", checkpoint.save_interval is not None),
-        ("--async-save", checkpoint.async_save),
-        ("--keep-last", checkpoint.keep_last is not None),
-        ("--keep-every", checkpoint.keep_every is not None),
-        ("--save-hf-every-save", checkpoint.save_hf_every_save),
-    ):
-        if needs_save and checkpoint.save is None:
-            raise ValueError(f"{flag} needs --save, the directory for checkpoints")
-    if checkpoint.auto_resume and checkpoint.save is None:
-        raise ValueError("--auto-resume needs --save, the directory that it goes on from")
-    if checkpoint.auto_resume and same_folder(checkpoint.load, checkpoint.save):
-        raise ValueError(
-            f"--auto-resume goes on from --save {checkpoint.save} by itself; leave --load "
-            f"{checkpoint.load} out, or give the folder that the run begins with"
-        )
-    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
-        raise ValueError("--keep-every needs --keep-last; without it all checkpoints are kept")
-    for flag, needs_save_hf in (
-        ("--save-hf-every-save", checkpoint.save_hf_every_save),
-        ("--save-hf-dtype", checkpoint.save_hf_dtype is not None),
-    ):
-        if needs_save_hf and checkpoint.save_hf is None:
-            raise ValueError(f"{flag} needs --save-hf, the Hugging Face folder to write")
-    if checkpoint.load is not None:
-        return
-    needs_load = {
-        "--finetune": config.finetune,
-        "--ckpt-step": checkpoint.ckpt_step is not None,
-        "--no-load-optim": checkpoint.no_load_optim,
-        "--no-load-rng": checkpoint.no_load_rng,
-        "--override-sat-schedule": config.override_sat_schedule,
-    }
-    for flag, given in needs_load.items():
-        if given:
-            raise ValueError(f"{flag} needs --load, the directory of a checkpoint")
-
-
-def same_folder(load: str | None, save: str | None) -> bool:
-    """Whether both are given and lead to one folder."""
-    if load is None or save is None:
-        return False
-    return os.path.realpath(load) == os.path.realpath(save)
 
 
 def _check_autotune(config: TrainingConfig) -> None:

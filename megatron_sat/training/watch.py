@@ -9,7 +9,6 @@ import statistics
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +30,10 @@ _MOST_NAMES = 4
 
 
 class WrongNumbers(RunEnded):
-    """The run ends on all ranks, without saving, because its numbers cannot be right."""
+    """The run ends on all ranks, without saving, because its numbers cannot be right. Which is its
+    last good checkpoint is known when one that is still being written has come to its end."""
 
-    def __init__(self, message: str, *, last_saved: Path | None) -> None:
-        if last_saved is None:
-            message += "; no checkpoint was saved"
-        else:
-            message += f"; the last good checkpoint is {last_saved}"
+    def __init__(self, message: str) -> None:
         super().__init__(message, ExitCode.WRONG_NUMBERS)
 
 
@@ -117,7 +113,7 @@ class SkippedSteps:
         """A step was applied."""
         self.in_a_row = 0
 
-    def skipped(self, iteration: int, losses: Sequence[Tensor], *, last_saved: Path | None) -> str:
+    def skipped(self, iteration: int, losses: Sequence[Tensor]) -> str:
         """Step `iteration` was skipped: what was not finite, in words; `losses` are scalars of this
         rank's micro-batches. Collective. WrongNumbers if it is one too many."""
         self.in_a_row += 1
@@ -133,15 +129,11 @@ class SkippedSteps:
             + _some(names)
         )
         if self.in_a_row >= self._most:
-            raise WrongNumbers(
-                f"{message}; --max-skipped-steps is {self._most}", last_saved=last_saved
-            )
+            raise WrongNumbers(f"{message}; --max-skipped-steps is {self._most}")
         return message
 
 
-def check_finite_parameters(
-    model: torch.nn.Module, *, iteration: int, last_saved: Path | None
-) -> None:
+def check_finite_parameters(model: torch.nn.Module, *, iteration: int) -> None:
     """WrongNumbers on all ranks if a parameter is not finite, before a checkpoint of it replaces a
     good one. Collective."""
     names = [
@@ -157,8 +149,7 @@ def check_finite_parameters(
         ordered = [name for name, _ in model.named_parameters() if name in every]
         raise WrongNumbers(
             f"iteration {iteration} is not saved: parameters that are not finite on "
-            f"{_ranks(list(wrong))}: {_some(ordered)}",
-            last_saved=last_saved,
+            f"{_ranks(list(wrong))}: {_some(ordered)}"
         )
 
 

@@ -6,12 +6,10 @@ from dataclasses import fields
 import pytest
 
 from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.checkpoint_arguments import check_paths
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.flags import build_parser
-from megatron_sat.training.validation import (
-    check_paths,
-    check_sat_layout,
-)
+from megatron_sat.training.validation import check_sat_layout
 
 DEFAULTS = {
     "num-layers": "2",

@@ -192,7 +192,7 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, tiny_data: Path) -> Non
 
 def polls(argv: list[str]) -> int:
     """Collectives of saves in flight, in a run whose files are written in no time."""
-    with mock.patch.object(saving, "_all_done", side_effect=saving._all_done) as asked:
+    with mock.patch.object(saving, "all_done", side_effect=saving.all_done) as asked:
         train(argv)
     return asked.call_count
 

@@ -1,8 +1,10 @@
 """What a checkpoint that cannot be written does to a run."""
 
 import contextlib
+import itertools
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from megatron_sat.training.initialize import run
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import verify
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.stop import Stopping
+from megatron_sat.training.watch import SkippedSteps, WrongNumbers
 from tests.training.saves import (
     FORMS,
     RUN,
@@ -30,6 +34,7 @@ from tests.training.saves import (
     step_of,
     writing,
 )
+from tests.training.spoiling import Spoiler
 
 
 def train_without_room(
@@ -121,6 +126,57 @@ def test_no_place_for_a_checkpoint(tmp_path: Path, tiny_data: Path) -> None:
     assert "unfinished-global_step2 cannot be written (Not a directory)" in first[3][0]
 
 
+@FORMS
+def test_no_place_for_the_last_checkpoint(form: str, tmp_path: Path, tiny_data: Path) -> None:
+    (tmp_path / "unfinished-global_step2").write_text("in the way")
+    argv = tiny_run(tiny_data, RUN + f"--train-iters 2 {form}", save=tmp_path)
+    for ended, iteration, last, _ in run_on_ranks(train_without_room, 2, argv, ()):
+        assert ended is not None and ended[1] == 74 and (iteration, last) == (2, None)
+        assert ended[0].startswith("the last checkpoint could not be saved: global_step2: rank 0")
+        assert "cannot be written (Not a directory); no checkpoint was saved" in ended[0]
+
+
+def stop_when_a_save_has_failed(argv: list[str], failures: int) -> tuple[str, int]:
+    """A signal comes during the save of step 2, whose first attempts fail. How the run ends."""
+    attempts = itertools.count(1)
+    make_room = saving.CheckpointSaver._make_room
+
+    def refuse(self: Any, iteration: int, snapshot_in: Path | None) -> Any:
+        if dist.get_rank() == 0 and iteration == 2 and next(attempts) > failures:
+            (Path(argv[-1]) / "unfinished-global_step2").unlink(missing_ok=True)
+        return make_room(self, iteration, snapshot_in)
+
+    def ask(self: Stopping, iteration: int) -> str | None:
+        return "SIGTERM (rank 0)" if iteration == 2 else None
+
+    with (
+        messages(),
+        mock.patch.object(saving.CheckpointSaver, "_make_room", refuse),
+        mock.patch.object(Stopping, "ask", ask),
+        pytest.raises(RunEnded) as end,
+    ):
+        train(argv)
+    return str(end.value), int(end.value.code)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_stop_after_a_save_that_failed_saves_again(
+    failures: int, tmp_path: Path, tiny_data: Path
+) -> None:
+    (tmp_path / "unfinished-global_step2").write_text("in the way")
+    flags = RUN + f"--train-iters 4 --save-interval 1 --save {tmp_path}"
+    ends = run_on_ranks(stop_when_a_save_has_failed, 2, tiny_run(tiny_data, flags), failures)
+    assert ends[0] == ends[1]
+    message, code = ends[0]
+    if failures == 1:
+        last = f"{tmp_path}/global_step2"
+        assert message == f"SIGTERM (rank 0) after iteration 2; {last} is its last checkpoint"
+        assert code == 75 and find_checkpoint(str(tmp_path)).progress.iteration == 2
+    else:
+        assert message.startswith("the last checkpoint could not be saved: global_step2: rank 0: ")
+        assert code == 74 and message.endswith(f"checkpoint is {tmp_path}/global_step1")
+
+
 def test_an_end_for_want_of_saves_has_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         raise RunEnded("the disk is full", saving.ExitCode.SAVING_FAILED)
@@ -158,6 +214,65 @@ def test_exports_that_fail_count_for_themselves(tmp_path: Path, tiny_data: Path)
 def export_without_room(argv: list[str]) -> tuple[tuple[str, int] | None, list[str]]:
     with largest_file(100_000):
         return export_failing(argv)
+
+
+def test_an_end_for_want_of_exports_waits_for_the_checkpoint(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "unfinished-iter_0000002").write_text("in the way")
+    flags = RUN + "--train-iters 4 --save-interval 2 --async-save --max-save-failures 1 "
+    flags += f"--save-hf {tmp_path}/hf --save-hf-every-save"
+    save = tmp_path / "save"
+    ends = run_on_ranks(export_failing, 2, tiny_run(tiny_data, flags, save=save))
+    assert ends[0][0] == ends[1][0] is not None and ends[0][0][1] == 74
+    assert ends[0][0][0].startswith("Hugging Face folder not saved 1 times in a row")
+    assert ends[0][0][0].endswith(f"; the last good checkpoint is {save}/global_step2")
+    assert verify(save / "global_step2") == []
+
+
+def go_wrong_while_a_save_is_in_flight(argv: list[str], held: bool) -> tuple[str, int, list[str]]:
+    """Step 5 is one skipped step too many; files of step 4 are written no sooner, or are ``held``
+    until the run gives them up. How it ends, and what was said of saves."""
+    wrong = threading.Event()
+    skipped = SkippedSteps.skipped
+
+    def go_wrong(self: SkippedSteps, *args: Any) -> str:
+        wrong.set()
+        return skipped(self, *args)
+
+    write = saving.write_file
+
+    def hold(path: Path, fill: WriteFile, *, abandoned: threading.Event) -> Any:
+        if step_of(path) == 4:
+            assert (abandoned if held else wrong).wait(timeout=60)
+        return write(path, fill, abandoned=abandoned)
+
+    with (
+        mock.patch.object(saving, "write_file", hold),
+        mock.patch.object(saving, "_LAST_SECONDS", 1 if held else 60),
+        mock.patch.object(SkippedSteps, "skipped", go_wrong),
+        pytest.raises(WrongNumbers) as end,
+    ):
+        spoiler = Spoiler(losses=(5,))
+        spoiler.run(argv)
+    told = [line for line in spoiler.messages if "saved" in line or "WARNING" in line]
+    return str(end.value), int(end.value.code), told
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_wrong_numbers_do_not_cost_the_checkpoint_that_is_being_written(
+    held: bool, tmp_path: Path, tiny_data: Path
+) -> None:
+    flags = RUN + "--train-iters 6 --save-interval 2 --async-save --max-skipped-steps 1"
+    argv = tiny_run(tiny_data, flags, save=tmp_path)
+    first, second = run_on_ranks(go_wrong_while_a_save_is_in_flight, 2, argv, held)
+    assert first[:2] == second[:2] and first[1] == 70
+    good = tmp_path / ("global_step2" if held else "global_step4")
+    assert first[0].endswith(f"--max-skipped-steps is 1; the last good checkpoint is {good}")
+    assert verify(good) == [] and find_checkpoint(str(tmp_path)).folder == good
+    last = f" WARNING: {tmp_path}/global_step4 is given up, it is not written after 1 s"
+    assert first[2][-1] == (last if held else f" saved {good}")
 
 
 def test_an_export_without_room_is_an_io_error(tmp_path: Path, tiny_data: Path) -> None:
