@@ -80,7 +80,8 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
             started=started,
         )
         stall = config.watch.hang_timeout_minutes * 60
-        with Watchdog(stall=stall, folder=config.checkpoint.save) as watchdog:
+        patience = config.distributed_timeout_minutes * 60
+        with Watchdog(stall=stall, patience=patience, folder=config.checkpoint.save) as watchdog:
             return _pretrain(config, stopping, watchdog)
 
 
