@@ -23,7 +23,8 @@ from megatron_sat.training.config import (
 from megatron_sat.training.deepspeed_config import read_json, settle, settle_batch_sizes
 from megatron_sat.training.flags import build_parser
 from megatron_sat.training.model_arguments import model_config
-from megatron_sat.training.validation import check_config, check_world_size
+from megatron_sat.training.validation import LONGEST_TIMEOUT, check_config, check_world_size
+from megatron_sat.training.verdict import SLOW
 
 _LARGEST = 2**31 - 1
 
@@ -80,13 +81,22 @@ def parse_args(
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
         deterministic_mode=args.deterministic_mode,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        distributed_timeout_minutes=_distributed_timeout(args),
         deepspeed_config=user,
     )
     _check_finite(parser, args)
     check_config(config)
     check_world_size(config, world_size)
     return config
+
+
+def _distributed_timeout(args: argparse.Namespace) -> int:
+    """Minutes that a collective may wait: by default what a rank may stay in any place."""
+    if args.distributed_timeout_minutes is not None:
+        given: int = args.distributed_timeout_minutes
+        return given
+    # A timeout that is no number, or endless, is refused later.
+    return max(10, math.ceil(min(LONGEST_TIMEOUT, SLOW * args.hang_timeout_minutes)))
 
 
 def _check_given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

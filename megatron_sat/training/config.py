@@ -22,6 +22,9 @@ WSDDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 HFDtype = Literal["bfloat16", "float32"]
 TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"]
 
+_AFTER_WATCHDOG = 2
+"""Minutes by which torch's own timeout comes after the watchdog's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -303,7 +306,7 @@ class TrainingConfig:
     deterministic_mode: bool = False
     """Only kernels whose results repeat bit for bit."""
     distributed_timeout_minutes: int = 10
-    """How long a collective may wait."""
+    """How long a collective may wait; `arguments.parse_args` makes it what the watchdog allows."""
     deepspeed_config: dict[str, Any] = field(default_factory=dict)
     """The user's DeepSpeed JSON, as read; `build_deepspeed_config` completes it."""
 
@@ -311,6 +314,14 @@ class TrainingConfig:
     def params_dtype(self) -> torch.dtype:
         """Type of the parameters that the forward pass computes with."""
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def group_timeout_minutes(self) -> int:
+        """Of torch's process groups. Where ranks are watched, `distributed_timeout_minutes` is the
+        watchdog's, which says who was late: NCCL by itself ends the process that has waited."""
+        minutes = self.distributed_timeout_minutes
+        watched = self.watch.hang_timeout_minutes > 0
+        return minutes + (_AFTER_WATCHDOG if watched else 0)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks among `world_size`."""

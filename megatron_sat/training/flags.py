@@ -88,8 +88,8 @@ def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "--distributed-timeout-minutes",
         type=int,
-        default=10,
-        help=f"limit of a collective {_DEFAULT}",
+        help="how long ranks wait for another one, whatever it does (default: six times "
+        "--hang-timeout-minutes, at least 10)",
     )
 
 

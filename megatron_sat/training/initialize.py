@@ -63,7 +63,7 @@ def start(argv: Sequence[str] | None = None) -> TrainingConfig:
         # Read when the first communicator and the first cuBLAS handle are made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
-    join(launch, timeout_minutes=10 if config is None else config.distributed_timeout_minutes)
+    join(launch, timeout_minutes=10 if config is None else config.group_timeout_minutes)
     with ranks_agree("reading the command line"):
         if failure is not None:
             raise failure
@@ -111,7 +111,7 @@ def initialize(config: TrainingConfig) -> ModelParallelUnit:
     enable_cpu_path()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        distributed_timeout_minutes=config.distributed_timeout_minutes,
+        distributed_timeout_minutes=config.group_timeout_minutes,
         create_gloo_process_groups=False,
     )
     set_seeds(config.seed)

@@ -153,7 +153,7 @@ def build_model(
             transformer_layer_spec=get_gpt_block_sat_spec(
                 transformer,
                 state,
-                timeout=datetime.timedelta(minutes=config.distributed_timeout_minutes),
+                timeout=datetime.timedelta(minutes=config.group_timeout_minutes),
             ),
             vocab_size=padded_vocab,
             max_sequence_length=config.model.max_position_embeddings,

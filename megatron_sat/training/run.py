@@ -55,6 +55,7 @@ from megatron_sat.training.resume import (
     total_samples,
 )
 from megatron_sat.training.run_file import write_run_file
+from megatron_sat.training.save_lock import SaveLock
 from megatron_sat.training.search import find_checkpoint
 from megatron_sat.training.step_flops import model_shape, step_flops
 from megatron_sat.training.stop import Signals, Stopping
@@ -82,11 +83,18 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
             started=started,
         )
         stall = config.watch.hang_timeout_minutes * 60
-        with Watchdog(stall=stall, folder=config.checkpoint.save) as watchdog:
-            return _pretrain(config, stopping, watchdog)
+        patience = config.distributed_timeout_minutes * 60
+        save = config.checkpoint.save
+        with (
+            SaveLock(save) as lock,
+            Watchdog(stall=stall, patience=patience, folder=save) as watchdog,
+        ):
+            return _pretrain(config, stopping, watchdog, lock)
 
 
-def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) -> Trainer | None:
+def _pretrain(
+    config: TrainingConfig, stopping: Stopping, watchdog: Watchdog, lock: SaveLock
+) -> Trainer | None:
     """`pretrain`, watched."""
     watchdog.at("building", slow=True)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -99,6 +107,7 @@ def _pretrain(config: TrainingConfig, stopping: Stopping, watchdog: Watchdog) ->
         deepspeed_config = build_deepspeed_config(config, world_size=world_size)
         check_paths(config, rank=rank)
         if rank == 0:
+            lock.take()
             check_save_folder(config)
         tokenizer = build_tokenizer(
             config.data.tokenizer_type,

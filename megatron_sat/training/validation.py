@@ -12,7 +12,7 @@ from megatron_sat.training.checkpoint_arguments import at_least, check_checkpoin
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.watch_arguments import check_watch
 
-_LONGEST_TIMEOUT = 365 * 24 * 60
+LONGEST_TIMEOUT = 365 * 24 * 60
 
 
 def check_config(config: TrainingConfig) -> None:
@@ -110,10 +110,10 @@ def _check_numbers(config: TrainingConfig) -> None:
         at_least("--" + name.replace("_", "-"), getattr(config, name), 1)
     at_least("--eval-iters", config.eval_iters, 0)
     at_least("--seed", config.seed, 1)
-    if not 1 <= config.distributed_timeout_minutes <= _LONGEST_TIMEOUT:
+    if not 1 <= config.distributed_timeout_minutes <= LONGEST_TIMEOUT:
         raise ValueError(
             f"--distributed-timeout-minutes is {config.distributed_timeout_minutes}; valid: 1 to "
-            f"{_LONGEST_TIMEOUT}, a year"
+            f"{LONGEST_TIMEOUT}, a year"
         )
     at_least("--log-interval", config.logging.log_interval, 1)
     at_least("--num-workers", config.data.num_workers, 0)

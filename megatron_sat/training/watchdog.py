@@ -6,7 +6,7 @@ them and writes its verdict there; the others read it and end. Where the store i
 they know rank 0 for lost.
 
 - A process that is gone, or stopped (SIGSTOP), tells nothing: lost after `silence` seconds, or
-  after `_SHORT_SILENCE` as soon as another rank has seen a connection break. While others wait
+  after `SHORT_SILENCE` as soon as another rank has seen a connection break. While others wait
   for it they name it for its silence, not for the place that it last told.
 - A main thread that hangs still has its telling thread, and does not move on: after `stall` seconds
   in one place. Others wait for it, so those that are least far are named.
@@ -18,12 +18,13 @@ import contextlib
 import datetime
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,37 +32,10 @@ import torch.distributed as dist
 
 from megatron_sat.exit_codes import ExitCode, RunEnded
 from megatron_sat.stopping import report_error
+from megatron_sat.training.verdict import SHORT_SILENCE, SILENCE, Beat, Limits, Verdict
 
-SILENCE = 30.0
-"""Seconds without a word after which a rank in training is lost."""
-SLOW = 6
-"""Building, evaluating and saving may stay in one place so many times longer than a step."""
-_SHORT_SILENCE = 5.0
 _VERDICT = "verdict"
-
-
-@dataclass
-class _Beat:
-    """What a rank tells of itself."""
-
-    host: str
-    pid: int
-    count: int = 0
-    moves: int = 0
-    """Places that its main thread has been at."""
-    doing: str = "starting"
-    iteration: int = 0
-    slow: bool = True
-    seconds: float = 0.0
-    """Since its main thread came to its place."""
-    where: str = ""
-    """Its innermost Python frame."""
-    broken: bool = False
-    """It has seen a connection break."""
-    failure: str | None = None
-    """Why it ends by itself."""
-    over: bool = False
-    """It has nothing more to do with the others."""
+_VERDICT = "verdict"
 
 
 class Watchdog:
@@ -70,6 +44,7 @@ class Watchdog:
     `stall` is seconds in one place (0 watches nothing); a rank that says nothing is lost after
     `silence` seconds, by default `SILENCE`, or `stall` where that is less. In slow places, see
     `at`, both are `SLOW` times as long. So the last rank is gone `limit` seconds after the fault.
+    Collectives wait for `patience` seconds: no place may take longer.
 
     `folder`: where stacks go as `stacks-rank<R>.txt` as well, if it exists by then.
 
@@ -77,13 +52,21 @@ class Watchdog:
     """
 
     def __init__(
-        self, *, stall: float = 0.0, silence: float | None = None, folder: str | None = None
+        self,
+        *,
+        stall: float = 0.0,
+        silence: float | None = None,
+        patience: float = math.inf,
+        folder: str | None = None,
     ) -> None:
         self._stall = stall
         self._silence = min(SILENCE, stall) if silence is None else silence
         self._interval = min(2.0, self._silence / 10)
+        self._limits = Limits(
+            stall=stall, silence=self._silence, interval=self._interval, patience=patience
+        )
         self._folder = folder
-        self._beat = _Beat(host=socket.gethostname(), pid=os.getpid())
+        self._beat = Beat(host=socket.gethostname(), pid=os.getpid())
         self._since = 0.0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -106,11 +89,24 @@ class Watchdog:
         with self._lock:
             beat = self._beat
             beat.moves += 1
-            beat.doing, beat.slow = doing, slow
+            beat.doing, beat.slow, beat.waits = doing, slow, False
             beat.seconds = 0.0
             if iteration is not None:
                 beat.iteration = iteration
             self._since = self._clock.now()
+
+    def gets_on(self) -> None:
+        """The main thread, or one that it waits for, has done a part of what takes long."""
+        with self._lock:
+            self._beat.seconds = 0.0
+            self._since = self._clock.now()
+
+    def waits(self) -> None:
+        """The main thread has done its own part where it is, and waits for other ranks: where they
+        hang there, it is not among those that are least far."""
+        with self._lock:
+            self._beat.waits = True
+        self.gets_on()
 
     def __enter__(self) -> "Watchdog":
         if self._stall == 0:
@@ -178,9 +174,9 @@ class Watchdog:
         dumped = -1
         while not self._stop.wait(self._interval):
             self._told()
-            if self._is_stalled(self._beat) and dumped != self._beat.moves:
+            if self._limits.is_stalled(self._beat) and dumped != self._beat.moves:
                 dumped = self._beat.moves
-                self._dump(f"no step forward: {_place(self._beat)}")
+                self._dump(f"no step forward: {self._beat.place}")
 
     def _watch_all(self) -> None:
         """Rank 0: judge all ranks by what they tell."""
@@ -189,13 +185,13 @@ class Watchdog:
         while not self._stop.wait(self._interval):
             self._look_where()
             self._store.set(keys[0], self._told())
-            beats = [_Beat(**json.loads(told)) for told in self._store.multi_get(keys)]
+            beats = [Beat(**json.loads(told)) for told in self._store.multi_get(keys)]
             now = self._clock.now()
             for rank, beat in enumerate(beats):
                 if beat.count != heard[rank][0]:
                     heard[rank] = (beat.count, now)
             silences = [now - last for _, last in heard]
-            if (verdict := self._judge(beats, silences)) is not None:
+            if (verdict := self._limits.judge(beats, silences)) is not None:
                 self._store.set(_VERDICT, json.dumps(asdict(verdict)))
                 # The store ends with this process: later.
                 self._end(verdict, after=_linger(self._interval))
@@ -208,15 +204,14 @@ class Watchdog:
         last, words = self._clock.now(), 0
         while not self._stop.wait(self._interval):
             if talk.verdict is not None:
-                self._end(_Verdict(**json.loads(talk.verdict)))
+                self._end(Verdict(**json.loads(talk.verdict)))
             if talk.words != words:
                 last, words = self._clock.now(), talk.words
-            limit = self._silence * (SLOW if self._beat.slow else 1)
-            if talk.broken:  # there is no process any more
-                limit = min(limit, _SHORT_SILENCE)
+            # Where the store breaks off there is no process any more.
+            limit = self._limits.silence_of(slow=self._beat.slow, broken=talk.broken)
             if (silence := self._clock.now() - last) > limit:
                 self._end(
-                    _Verdict(
+                    Verdict(
                         f"rank 0 has not been heard of for {silence:.0f} s: its process died or "
                         "was stopped",
                         by_all=True,
@@ -236,45 +231,6 @@ class Watchdog:
             except Exception:
                 talk.broken = True
         talk.over.set()
-
-    def _judge(self, beats: list[_Beat], silences: list[float]) -> "_Verdict | None":
-        """What is wrong, in words; None if nothing is."""
-        for rank, beat in enumerate(beats):
-            if beat.failure is not None:
-                return _Verdict(f"rank {rank} ({beat.host}) failed {_place(beat)}: {beat.failure}")
-        broken = any(beat.broken for beat in beats)
-        stalled = any(self._is_stalled(beat) for beat in beats)
-        lost = []
-        for rank, (beat, silence) in enumerate(zip(beats, silences, strict=True)):
-            # Where others have waited too long already, a slow place is no excuse.
-            limit = self._silence * (SLOW if beat.slow and not stalled else 1)
-            if silence > (min(limit, _SHORT_SILENCE) if broken else limit) and not beat.over:
-                lost.append(
-                    f"rank {rank} ({beat.host}, process {beat.pid}) has not been heard of for "
-                    f"{silence:.0f} s: its process died or was stopped; it was {_place(beat)}"
-                )
-        if lost:
-            return _Verdict("; ".join(lost))
-        silent = any(
-            silence > 3 * self._interval and not beat.over
-            for beat, silence in zip(beats, silences, strict=True)
-        )
-        if not stalled or silent:  # who is silent is soon heard again, or lost
-            return None
-        waiting = [beat for beat in beats if not beat.over]
-        last = min(beat.moves for beat in waiting)
-        behind = [
-            f"rank {rank} ({beat.host}) stalled {_place(beat)} for {beat.seconds:.0f} s, in "
-            f"{beat.where}"
-            for rank, beat in enumerate(beats)
-            if not beat.over and beat.moves == last
-        ]
-        if len(behind) == len(waiting):
-            return _Verdict("all stalled at the same place: " + "; ".join(behind), stacks=True)
-        return _Verdict("; ".join(behind) + "; the others wait", stacks=True)
-
-    def _is_stalled(self, beat: _Beat) -> bool:
-        return not beat.over and beat.seconds > self._stall * (SLOW if beat.slow else 1)
 
     def _look_where(self) -> None:
         frame = sys._current_frames().get(self._main)
@@ -297,7 +253,7 @@ class Watchdog:
                 print(why, file=file, flush=True)
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
-    def _end(self, verdict: "_Verdict", *, after: float = 0.0) -> None:
+    def _end(self, verdict: Verdict, *, after: float = 0.0) -> None:
         if self._stop.is_set():
             return
         self._ending = True
@@ -311,18 +267,22 @@ class Watchdog:
 
     def _say_why(self, error: BaseException) -> None:
         """Before this rank ends by itself: tell the others, or hear who it was."""
-        if _is_lost_connection(error):
+        timed_out = _is_timeout(error)
+        if timed_out or _is_lost_connection(error):
             if not self._ending:
+                what = "a collective waited too long" if timed_out else "a connection broke"
                 print(
-                    f"rank {self._rank}: a connection broke ({str(error).splitlines()[0]}); "
+                    f"rank {self._rank}: {what} ({str(error).splitlines()[0]}); "
                     "waiting to hear which rank is lost",
                     file=sys.stderr,
                     flush=True,
                 )
             with self._lock:
-                self._beat.broken = True
+                self._beat.broken = not timed_out
+                self._beat.timed_out = timed_out
             # The thread ends this process with the answer, unless there is none.
-            self._stop.wait(_SHORT_SILENCE + 4 * self._interval + _linger(self._interval))
+            silence = max(self._silence, SHORT_SILENCE) if timed_out else SHORT_SILENCE
+            self._stop.wait(silence + 4 * self._interval + _linger(self._interval))
             return
         with self._lock:
             self._beat.failure = f"{type(error).__name__}: {error}"[:2000]
@@ -337,7 +297,7 @@ class Watchdog:
         if self._rank != 0:
             return
         if failure is not None:
-            verdict = _Verdict(f"rank 0 ({self._beat.host}) failed {_place(self._beat)}: {failure}")
+            verdict = Verdict(f"rank 0 ({self._beat.host}) failed {self._beat.place}: {failure}")
             self._store.set(_VERDICT, json.dumps(asdict(verdict)))
         keys = [f"beat/{rank}" for rank in range(1, self._world_size)]
         patience = _linger(self._interval) if alone else self._silence
@@ -346,17 +306,6 @@ class Watchdog:
             if all(json.loads(told)["over"] for told in self._store.multi_get(keys)):
                 return
             time.sleep(min(0.02, self._interval))
-
-
-@dataclass
-class _Verdict:
-    """Why all ranks end."""
-
-    text: str
-    stacks: bool = False
-    """Those of all threads may tell more."""
-    by_all: bool = False
-    """Every rank says so: rank 0 cannot."""
 
 
 class _Talk:
@@ -392,8 +341,11 @@ def _linger(interval: float) -> float:
     return 2 * interval + 1.0
 
 
-def _place(beat: _Beat) -> str:
-    return f"in iteration {beat.iteration}, at {beat.doing}"
+def _is_timeout(error: BaseException) -> bool:
+    """Whether a collective, or the making of a group, waited longer than it may. No rank need be
+    lost for that."""
+    signs = ("Timed out waiting", "wait timeout", "collective operation timeout")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _is_lost_connection(error: BaseException) -> bool:

@@ -87,6 +87,22 @@ def test_world_size_comes_from_the_launcher(monkeypatch):
     assert parse(world_size=None).global_batch_size == 8
 
 
+@pytest.mark.parametrize(
+    ("flags", "minutes", "of_groups"),
+    [
+        ("", 30, 32),
+        ("--hang-timeout-minutes 12.1", 73, 75),
+        ("--hang-timeout-minutes 1", 10, 12),
+        ("--distributed-timeout-minutes 7", 7, 9),
+        ("--hang-timeout-minutes 0", 10, 10),
+    ],
+)
+def test_who_is_late_is_named_before_torch_gives_up(flags, minutes, of_groups):
+    config = parse(flags)
+    assert config.distributed_timeout_minutes == minutes
+    assert config.group_timeout_minutes == of_groups
+
+
 def test_recomputation():
     assert parse("--recompute-activations").parallel.recompute_modules == ("core_attn",)
     flags = "--recompute-granularity full --recompute-method block --recompute-num-layers 2"

@@ -13,10 +13,12 @@ import pytest
 from megatron_sat.testing.processes import Processes, start_processes
 from megatron_sat.testing.training import tiny_run
 from megatron_sat.training.metrics import METRICS_FILE
-from megatron_sat.training.watchdog import Watchdog, _Beat, _RunningTime
+from megatron_sat.training.verdict import Beat, Limits
+from megatron_sat.training.watchdog import Watchdog, _RunningTime
 
 STALL = 3.0
 FLAGS = f"--train-iters 100000 --eval-iters 0 --hang-timeout-minutes {STALL / 60} --zero-stage 3 "
+LIMITS = Limits(stall=STALL, silence=STALL, interval=STALL / 10)
 LIMIT = Watchdog(stall=STALL).limit + 3.0  # for a machine that has other things to do
 
 
@@ -80,21 +82,81 @@ def test_a_rank_that_is_gone_ends_the_others(tmp_path, tiny_data, number, lost):
     ],
 )
 def test_a_silent_rank_is_named_for_its_silence(silences, seconds, expected):
-    watchdog = Watchdog(stall=3.0)
     moves = (9, 9 - (2 if seconds[1] >= 0 else -1), 9)
-    beats = [
-        _Beat(host="abc"[rank], pid=rank + 1, moves=moves[rank], seconds=seconds[rank])
+    told = [
+        Beat(host="abc"[rank], pid=rank + 1, moves=moves[rank], seconds=seconds[rank])
         for rank in range(3)
     ]
-    for beat in beats:
+    for beat in told:
         beat.iteration, beat.doing, beat.slow = 5, "the backward pass", False
     # The last that rank 1 told is from the first step, which compiles.
-    beats[1].iteration, beats[1].doing, beats[1].slow = 1, "building", seconds[1] <= 0
-    verdict = watchdog._judge(beats, list(silences))
+    told[1].iteration, told[1].doing, told[1].slow = 1, "building", seconds[1] <= 0
+    verdict = LIMITS.judge(told, silences)
     if expected is None:
         assert verdict is None
     else:
         assert verdict.text.startswith(expected)
+
+
+def beats(*changes: dict) -> list[Beat]:
+    """Of ranks that are all at one place."""
+    shared = {"moves": 7, "doing": "saving", "where": "wait"}
+    return [
+        Beat(host="abc"[rank], pid=rank + 1, **(shared | change))
+        for rank, change in enumerate(changes)
+    ]
+
+
+def test_who_has_done_its_part_is_not_who_hangs():
+    verdict = LIMITS.judge(beats({"seconds": 19, "waits": True}, {"seconds": 19}), [0, 0])
+    assert verdict.text == "rank 1 (b) stalled in iteration 0, at saving for 19 s, in wait; " + (
+        "the others wait"
+    )
+    verdict = LIMITS.judge(beats({"seconds": 19}, {"seconds": 19}), [0, 0])
+    assert verdict.text.startswith("all stalled at the same place: rank 0 (a)")
+
+
+def test_no_place_may_take_longer_than_collectives_wait():
+    late = beats({"seconds": 5, "moves": 8}, {"seconds": 5})
+    assert LIMITS.judge(late, [0, 0]) is None
+    limits = Limits(stall=3.0, silence=3.0, interval=0.3, patience=4.0)
+    assert limits.judge(late, [0, 0]).text.startswith("rank 1 (b) stalled")
+
+
+def test_a_collective_that_waited_too_long_names_who_is_behind():
+    verdict = LIMITS.judge(beats({"timed_out": True, "moves": 8}, {"seconds": 1}), [0, 0])
+    assert verdict.text.startswith("rank 1 (b) stalled in iteration 0, at saving for 1 s")
+
+
+def late_on_rank_1(*argv: str) -> int:
+    """`trainer`, of which rank 1 sleeps before it evaluates; collectives wait for two seconds."""
+    from megatron_sat.training import loop
+    from megatron_sat.training.config import TrainingConfig
+
+    validate = loop.validation_iterator
+
+    def sleep(*args, **kwargs):
+        if os.environ["RANK"] == "1":
+            time.sleep(1000)
+        return validate(*args, **kwargs)
+
+    two_seconds = property(lambda _: 2 / 60)
+    with (
+        mock.patch.object(TrainingConfig, "group_timeout_minutes", two_seconds),
+        mock.patch.object(loop, "validation_iterator", sleep),
+    ):
+        return trainer(*argv)
+
+
+def test_a_timeout_of_torchs_own_names_the_rank_too(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, FLAGS + "--eval-iters 1")
+    with start_processes(late_on_rank_1, 2, *argv) as processes:
+        assert processes.wait(seconds=40) == [69, 69]
+        (message,) = errors(processes, 0)
+        assert message.startswith("error: rank 1 (") and message.endswith("; the others wait")
+        assert ".sleep (test_watchdog.py:" in message
+        assert "a collective waited too long (" in processes.output(0)
+        assert "Traceback" not in processes.output(0)
 
 
 def test_a_pause_is_one_whichever_thread_notices_it_first():
