@@ -1,5 +1,6 @@
 """Which units the layers choose, when, and from what."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -257,39 +258,59 @@ def test_recomputation_and_evaluation_decide_nothing(
     assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
 
 
-def saved_for_backward() -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Shapes of what autograd holds after a forward, apart from the parameters themselves."""
+def tensors() -> list[Tensor]:
+    return [found for found in gc.get_objects() if type(found) is Tensor]
+
+
+def left_by_a_forward(sequence_parallel: bool) -> tuple[list[int], list[int], list[int]]:
+    """Elements of each tensor but the parameters that a forward saves with autograd; of each that
+    it leaves in any object; of the slices that one layer makes of its weights."""
     state = SATState(sat())
-    model = build(state, **GROUPED, hidden_size=80, ffn_hidden_size=112)
-    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    sizes = {"hidden_size": HIDDEN, "ffn_hidden_size": 176}
+    model = build(state, **GROUPED, **sizes, sequence_parallel=sequence_parallel)
+    parameters = {(p.data_ptr(), p.shape) for p in model.parameters()}
     saved = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters and tensor.is_floating_point():
-            saved.append(tuple(tensor.shape))
+        if (tensor.data_ptr(), tensor.shape) not in parameters and tensor.is_floating_point():
+            saved.append(tensor.numel())
         return tensor
 
     state.begin_step(1)
+    before = tensors()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward(model)
-    layer = model.decoder.layers[0]
-    weights = {
-        "qkv": layer.self_attention.linear_qkv.weight,
-        "proj": layer.self_attention.linear_proj.weight,
-        "fc1": layer.mlp.linear_fc1.weight,
-        "fc2": layer.mlp.linear_fc2.weight,
-    }
-    return saved, {name: tuple(weight.shape) for name, weight in weights.items()}
+        logits = forward(model, batch=ODD_BATCH)
+    known = {id(tensor) for tensor in before}
+    left = [tensor.numel() for tensor in tensors() if id(tensor) not in known]
+    assert logits.grad_fn is not None  # the graph was alive while its objects were looked at
+    attention = model.decoder.layers[0].self_attention
+    heads, channels = (len(state.sites[f"1.{name}"].subset.local) for name in ("attention", "mlp"))
+    query_rows = heads * attention.hidden_size_per_attention_head
+    groups = attention.num_query_groups_per_partition
+    key_value_rows = 2 * groups * attention.hidden_size_per_attention_head
+    rows = [query_rows + key_value_rows, query_rows, 2 * channels, channels]
+    return saved, left, [count * HIDDEN for count in rows]
 
 
-def test_no_slice_of_a_weight_is_kept_for_backward() -> None:
-    ((saved, weights),) = run_on_ranks(saved_for_backward, 1)
-    assert saved
-    # Half of the channels or heads; no activation has two such dimensions.
-    sliced = [(112, 80), (80, 56), (80, 40), (40 + 80, 80)]
-    assert weights["fc1"] == (224, 80) and weights["fc2"] == (80, 112)
-    for shape in saved:
-        assert shape not in sliced and shape[::-1] not in sliced
+# Every activation is a multiple of the batch size, and no slice of a weight is.
+HIDDEN, ODD_BATCH = 80, 7
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "sequence_parallel"), [(1, False), (2, False), (2, True)]
+)
+def test_no_slice_of_a_weight_is_kept_for_backward(
+    tensor_parallel: int, sequence_parallel: bool
+) -> None:
+    for saved, left, slices in run_on_ranks(
+        left_by_a_forward, tensor_parallel, sequence_parallel, tensor_parallel=tensor_parallel
+    ):
+        assert all(elements % ODD_BATCH for elements in slices)
+        assert not set(saved + left) & set(slices)
+        # The input of each of the four column-parallel linears, whole only where it came whole.
+        whole = SEQUENCE * ODD_BATCH * HIDDEN
+        assert saved.count(whole // 2 if sequence_parallel else whole) >= 4
+        assert not sequence_parallel or whole not in saved
 
 
 def refused(overrides: dict[str, Any], modules: tuple[str, ...]) -> str:
