@@ -326,6 +326,11 @@ def refused(overrides: dict[str, Any], modules: tuple[str, ...]) -> str:
     ("overrides", "message"),
     [
         ({"attention_output_gate": True}, "attention_output_gate=True is not supported"),
+        ({"multi_latent_attention": True}, "multi_latent_attention=True is not supported"),
+        ({"num_moe_experts": 2}, "num_moe_experts=2 is not supported"),
+        ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope=True is not supported"),
+        ({"fp8": "hybrid"}, "fp8='hybrid' is not supported"),
+        ({"fp4": "e2m1"}, "fp4='e2m1' is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
     ],
 )
