@@ -23,7 +23,7 @@ from megatron_sat.training.config import (
 from megatron_sat.training.deepspeed_config import read_json, settle, settle_batch_sizes
 from megatron_sat.training.flags import build_parser
 from megatron_sat.training.model_arguments import model_config
-from megatron_sat.training.validation import check_config, check_world_size
+from megatron_sat.training.validation import check_config
 
 _LARGEST = 2**31 - 1
 
@@ -85,7 +85,6 @@ def parse_args(
     )
     _check_finite(parser, args)
     check_config(config)
-    check_world_size(config, world_size)
     return config
 
 
