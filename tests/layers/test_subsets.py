@@ -359,6 +359,22 @@ def test_an_attention_mask_is_never_silently_ignored() -> None:
         run_on_ranks(forward_with_a_mask, 1)
 
 
+def called_with(argument: str) -> None:
+    state = SATState(sat())
+    linear = build(state).decoder.layers[0].mlp.linear_fc1
+    inputs = linear.weight.new_ones(SEQUENCE, BATCH, linear.input_size)
+    value = {"weight": linear.weight, "runtime_gather_output": True}[argument]
+    linear.eval()(inputs, **{argument: value})
+    state.begin_step(1)
+    linear.train()(inputs, **{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["weight", "runtime_gather_output"])
+def test_what_a_sliced_linear_would_ignore_is_refused(argument: str) -> None:
+    with pytest.raises(RankError, match="weight and runtime_gather_output are not supported"):
+        run_on_ranks(called_with, 1, argument)
+
+
 def test_an_unknown_normalization_is_refused() -> None:
     with pytest.raises(ValueError, match="normalization='BatchNorm' is unknown"):
         get_gpt_layer_sat_spec(SATState(None), normalization="BatchNorm")  # type: ignore[arg-type]
