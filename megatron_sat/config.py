@@ -1,7 +1,7 @@
 """What sparsity-accelerated training (SAT) does in a run, and its command-line flags.
 
-`SATConfig` is the only form in which the rest of the package sees these settings; the argparse
-namespace stays in this file and in `megatron_sat.training.arguments`.
+`SATConfig` is the only form in which the rest of the package sees these settings; an argparse
+namespace stays in this file and in those that read a command line.
 """
 
 import argparse

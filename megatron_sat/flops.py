@@ -34,11 +34,21 @@ class ModelShape:
     """Tokens that attention spans."""
     gated: bool = True
     """Whether the MLP has a gate (SwiGLU): three matrices instead of two."""
+    windows: tuple[int | None, ...] | None = None
+    """Sliding windows: for each layer the tokens that a token attends to, itself included, or None
+    for all before it; None for no window in any layer."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "gated" and value < 1:
+            if name not in ("gated", "windows") and value < 1:
                 raise ValueError(f"{name} is {value}; valid: 1 or more")
+        windows = self.windows or ()
+        if any(window is not None and window < 1 for window in windows):
+            raise ValueError(f"windows is {windows}; valid: 1 or more, or None, for each layer")
+        if self.windows is not None and len(windows) != self.num_layers:
+            raise ValueError(
+                f"windows are {len(windows)}; valid: one for each of the layers, {self.num_layers}"
+            )
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}; valid: a multiple of "
@@ -49,6 +59,15 @@ class ModelShape:
     def is_grouped_query(self) -> bool:
         """Whether several query heads share keys and values."""
         return self.num_query_groups < self.num_attention_heads
+
+    @property
+    def attention_area(self) -> int:
+        """Twice the pairs of a query and a key that a sequence computes, summed over the layers:
+        of a causal layer without a window the whole square of the sequence length."""
+        length = self.seq_length
+        reaches = self.windows or (None,) * self.num_layers
+        spans = (length if reach is None else min(reach, length) for reach in reaches)
+        return sum(span * (2 * length - span) for span in spans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +100,8 @@ def forward_flops(
 ) -> ForwardFlops:
     """Operations of a forward pass over `tokens` tokens, in sequences of `shape.seq_length`.
 
-    Causal attention counts half of the score matrix. The keys and values of omitted heads are
+    Causal attention counts half of the score matrix, and of a sliding window what lies inside it.
+    Documents that are kept apart count as one sequence. The keys and values of omitted heads are
     left out too in multi-head attention, and are whole in grouped-query attention.
 
     Args:
@@ -103,7 +123,7 @@ def forward_flops(
     return ForwardFlops(
         qkv=per_layer * shape.hidden_size * qkv_rows,
         # Scores and their product with the values, 2 S columns, half of them masked.
-        core_attention=per_layer * shape.seq_length * query_rows,
+        core_attention=2 * tokens * query_rows * shape.attention_area // shape.seq_length,
         proj=per_layer * query_rows * shape.hidden_size,
         mlp=per_layer * mlp_matrices * shape.hidden_size * channels,
         head=2 * tokens * shape.hidden_size * shape.vocab_size,
@@ -139,29 +159,6 @@ def training_flops(
     if recompute not in again:
         raise ValueError(f"recompute is {recompute!r}; valid: None, 'selective', 'full'")
     return 3 * forward.total + again[recompute]
-
-
-def flops_ratio(
-    shape: ModelShape,
-    *,
-    heads_kept: int | None = None,
-    channels_kept: int | None = None,
-    recompute: Recompute | None = None,
-) -> float:
-    """Operations of a dense training step over those of a sliced one: the most it can gain.
-
-    Raises:
-        ValueError: as `training_flops`.
-    """
-    dense = training_flops(shape, tokens=1, recompute=recompute)
-    sliced = training_flops(
-        shape,
-        tokens=1,
-        heads_kept=heads_kept,
-        channels_kept=channels_kept,
-        recompute=recompute,
-    )
-    return dense / sliced
 
 
 def _kept(name: str, kept: int | None, available: int) -> int:

@@ -1,6 +1,7 @@
 """Counts by hand, against PyTorch's counter, and against the published ratios."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from megatron_sat.config import SATConfig
 from megatron_sat.flops import (
     ForwardFlops,
     ModelShape,
-    flops_ratio,
     forward_flops,
     training_flops,
 )
 from megatron_sat.schedule import OmissionSchedule
 from megatron_sat.selection import kept_channels_per_group, kept_heads_per_group
+from megatron_sat.testing.training import tiny_run
+from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.loop import model_shape
 
 LLAMA_7B = ModelShape(
     num_layers=32,
@@ -133,16 +136,20 @@ def test_ratio_of_eight_7b_layers_with_their_head():
     that can be left out."""
     weights, head = 4 * 4096**2 + 3 * 4096 * 11008, 4096 * 32000
     half = {"heads_kept": 16, "channels_kept": 5504}
+
+    def ratio(shape, **recompute):
+        dense = training_flops(shape, tokens=1, **recompute)
+        return dense / training_flops(shape, tokens=1, **half, **recompute)
+
     shape = dataclasses.replace(LLAMA_7B, num_layers=8)
     by_weights = (8 * weights + head) / (4 * weights + head)
     short = dataclasses.replace(shape, seq_length=1)
-    assert round(flops_ratio(short, **half), 2) == round(by_weights, 2) == 1.86
-    assert round(flops_ratio(shape, **half), 2) == 1.87
-    assert flops_ratio(shape) == 1.0
+    assert round(ratio(short), 2) == round(by_weights, 2) == 1.86
+    assert round(ratio(shape), 2) == 1.87
     without_head = dataclasses.replace(shape, vocab_size=1)
-    assert flops_ratio(without_head, **half) == pytest.approx(2, abs=1e-4)
+    assert ratio(without_head) == pytest.approx(2, abs=1e-4)
     # The head is not recomputed, so its share is smaller.
-    assert flops_ratio(shape, **half, recompute="full") > flops_ratio(shape, **half) + 0.01
+    assert ratio(shape, recompute="full") > ratio(shape) + 0.01
 
 
 def test_whole_run_of_the_paper():
@@ -168,6 +175,43 @@ def test_whole_run_of_the_paper():
     assert round(ratio, 2) == 1.55
 
 
+def test_of_a_sliding_window_what_lies_inside_it_is_counted():
+    """Against the pairs of a mask, of which the diagonal's halves do not matter here."""
+    length, reach = 512, 96
+    position = torch.arange(length)
+    behind = position[:, None] - position
+    inside = int(((behind >= 0) & (behind < reach)).sum())
+    causal = int((behind >= 0).sum())
+    shape = dataclasses.replace(SMALL, seq_length=length)
+    whole = forward_flops(shape, tokens=2 * length)
+    for windows, pairs in (
+        ((reach,) * 3, 3 * inside),
+        ((None, reach, None), 2 * causal + inside),
+        ((length, length + 1, None), 3 * causal),
+    ):
+        windowed = forward_flops(
+            dataclasses.replace(shape, windows=windows), tokens=2 * length, heads_kept=3
+        )
+        operations = 2 * 2 * 2 * pairs * 3 * shape.kv_channels
+        assert windowed.core_attention == pytest.approx(operations, rel=4e-3)
+        assert windowed.mlp == whole.mlp and windowed.qkv == whole.qkv // 2
+    assert 2 * windowed.core_attention == whole.core_attention
+
+
+@pytest.mark.parametrize(
+    ("flags", "windows"),
+    [
+        ("", None),
+        ("--window-size 15,0", (16, 16)),
+        ("--window-size 15,0 --window-attn-skip-freq 0,1", (None, 16)),
+    ],
+)
+def test_a_run_counts_with_its_windows(flags, windows):
+    """Megatron-core does not count the token itself to the window."""
+    config = parse_args(tiny_run(Path("data"), flags), world_size=1)
+    assert model_shape(config, 128).windows == windows
+
+
 def test_bad_values_are_refused():
     with pytest.raises(ValueError, match="heads_kept is 7; valid: 0 to 6"):
         forward_flops(SMALL, tokens=1, heads_kept=7)
@@ -177,5 +221,9 @@ def test_bad_values_are_refused():
         dataclasses.replace(SMALL, num_layers=0)
     with pytest.raises(ValueError, match=r"num_attention_heads is 6; valid: a multiple of .*, 4"):
         dataclasses.replace(SMALL, num_query_groups=4)
+    with pytest.raises(ValueError, match=r"windows is \(1, 0, None\); valid: 1 or more, or"):
+        dataclasses.replace(SMALL, windows=(1, 0, None))
+    with pytest.raises(ValueError, match="windows are 2; valid: one for each of the layers, 3"):
+        dataclasses.replace(SMALL, windows=(1, 2))
     with pytest.raises(ValueError, match="recompute is 'block'; valid"):
         training_flops(SMALL, tokens=1, recompute="block")

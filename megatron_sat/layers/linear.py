@@ -44,10 +44,20 @@ class SATColumnParallelLinear(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h]`` (``[s / p, b, h]`` under sequence parallelism) -> ``[s, b, kept rows]`` and
-        the kept rows of the bias where the caller adds it."""
+        the kept rows of the bias where the caller adds it.
+
+        Raises:
+            ValueError: in a sparse step, for a ``weight``, or an output that is to be gathered.
+        """
         site = self.site
         if site is None or not self.training or not site.is_sparse:
             return super().forward(input_, weight, runtime_gather_output)
+        if weight is not None or runtime_gather_output:
+            raise ValueError(
+                "weight and runtime_gather_output are not supported while units are left out: "
+                "scores and slices are those of the linear's own weight, and each rank keeps the "
+                "units of its shard; leave both unset"
+            )
         subset = site.subset or self._decide(site, input_)
         index = self._row_units(subset)
         bias = None if self.skip_bias_add else self.bias

@@ -23,7 +23,7 @@ from megatron_sat.training.config import (
 from megatron_sat.training.deepspeed_config import read_json, settle, settle_batch_sizes
 from megatron_sat.training.flags import build_parser
 from megatron_sat.training.model_arguments import model_config
-from megatron_sat.training.validation import LONGEST_TIMEOUT, check_config, check_world_size
+from megatron_sat.training.validation import LONGEST_TIMEOUT, check_config
 from megatron_sat.training.verdict import SLOW
 
 _LARGEST = 2**31 - 1
@@ -86,7 +86,6 @@ def parse_args(
     )
     _check_finite(parser, args)
     check_config(config)
-    check_world_size(config, world_size)
     return config
 
 

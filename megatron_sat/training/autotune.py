@@ -225,7 +225,8 @@ class _Layer:
 
     def operations(self, counts: tuple[int, int]) -> int:
         """Of a forward pass with so many heads and channels."""
-        shape = replace(model_shape(self.config, 1), num_layers=1)
+        shape = model_shape(self.config, 1)
+        shape = replace(shape, num_layers=1, windows=shape.windows and shape.windows[:1])
         tokens = self.config.micro_batch_size * self.config.model.seq_length
         heads, channels = counts
         return forward_flops(shape, tokens=tokens, heads_kept=heads, channels_kept=channels).layers

@@ -9,7 +9,11 @@ from megatron_sat.training.config import TrainingConfig
 
 def model_shape(config: TrainingConfig, padded_vocab_size: int) -> ModelShape:
     """The sizes that decide what a step costs."""
-    model = config.model
+    model, windows = config.model, None
+    if model.window_size is not None:
+        reach = model.window_size[0] + 1  # the token itself counts here
+        layers = model.window_attn_skip_freq or (1,) * model.num_layers
+        windows = tuple(reach if windowed else None for windowed in layers)
     return ModelShape(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -20,6 +24,7 @@ def model_shape(config: TrainingConfig, padded_vocab_size: int) -> ModelShape:
         vocab_size=padded_vocab_size,
         seq_length=model.seq_length,
         gated=model.swiglu,
+        windows=windows,
     )
 
 

@@ -29,23 +29,6 @@ def check_config(config: TrainingConfig) -> None:
     check_watch(config.watch, save=config.checkpoint.save)
 
 
-def check_world_size(config: TrainingConfig, world_size: int) -> None:
-    """Ranks, tensor parallelism and batch sizes fit together."""
-    tensor_parallel = config.parallel.tensor_model_parallel_size
-    if world_size % tensor_parallel:
-        raise ValueError(
-            f"--tensor-model-parallel-size is {tensor_parallel}, but there are {world_size} ranks; "
-            f"valid: a divisor of {world_size}"
-        )
-    share = config.micro_batch_size * config.data_parallel_size(world_size)
-    if config.global_batch_size % share:
-        raise ValueError(
-            f"--global-batch-size is {config.global_batch_size}; valid: a multiple of {share} "
-            f"(--micro-batch-size {config.micro_batch_size} x "
-            f"{config.data_parallel_size(world_size)} data-parallel ranks)"
-        )
-
-
 def check_sat_layout(config: TrainingConfig, *, resuming: bool) -> None:
     """SAT's selection groups divide the model and, in a new run, are spread evenly over ranks.
 

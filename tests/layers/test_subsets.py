@@ -1,5 +1,6 @@
 """Which units the layers choose, when, and from what."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -257,39 +258,59 @@ def test_recomputation_and_evaluation_decide_nothing(
     assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
 
 
-def saved_for_backward() -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Shapes of what autograd holds after a forward, apart from the parameters themselves."""
+def tensors() -> list[Tensor]:
+    return [found for found in gc.get_objects() if type(found) is Tensor]
+
+
+def left_by_a_forward(sequence_parallel: bool) -> tuple[list[int], list[int], list[int]]:
+    """Elements of each tensor but the parameters that a forward saves with autograd; of each that
+    it leaves in any object; of the slices that one layer makes of its weights."""
     state = SATState(sat())
-    model = build(state, **GROUPED, hidden_size=80, ffn_hidden_size=112)
-    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    sizes = {"hidden_size": HIDDEN, "ffn_hidden_size": 176}
+    model = build(state, **GROUPED, **sizes, sequence_parallel=sequence_parallel)
+    parameters = {(p.data_ptr(), p.shape) for p in model.parameters()}
     saved = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters and tensor.is_floating_point():
-            saved.append(tuple(tensor.shape))
+        if (tensor.data_ptr(), tensor.shape) not in parameters and tensor.is_floating_point():
+            saved.append(tensor.numel())
         return tensor
 
     state.begin_step(1)
+    before = tensors()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward(model)
-    layer = model.decoder.layers[0]
-    weights = {
-        "qkv": layer.self_attention.linear_qkv.weight,
-        "proj": layer.self_attention.linear_proj.weight,
-        "fc1": layer.mlp.linear_fc1.weight,
-        "fc2": layer.mlp.linear_fc2.weight,
-    }
-    return saved, {name: tuple(weight.shape) for name, weight in weights.items()}
+        logits = forward(model, batch=ODD_BATCH)
+    known = {id(tensor) for tensor in before}
+    left = [tensor.numel() for tensor in tensors() if id(tensor) not in known]
+    assert logits.grad_fn is not None  # the graph was alive while its objects were looked at
+    attention = model.decoder.layers[0].self_attention
+    heads, channels = (len(state.sites[f"1.{name}"].subset.local) for name in ("attention", "mlp"))
+    query_rows = heads * attention.hidden_size_per_attention_head
+    groups = attention.num_query_groups_per_partition
+    key_value_rows = 2 * groups * attention.hidden_size_per_attention_head
+    rows = [query_rows + key_value_rows, query_rows, 2 * channels, channels]
+    return saved, left, [count * HIDDEN for count in rows]
 
 
-def test_no_slice_of_a_weight_is_kept_for_backward() -> None:
-    ((saved, weights),) = run_on_ranks(saved_for_backward, 1)
-    assert saved
-    # Half of the channels or heads; no activation has two such dimensions.
-    sliced = [(112, 80), (80, 56), (80, 40), (40 + 80, 80)]
-    assert weights["fc1"] == (224, 80) and weights["fc2"] == (80, 112)
-    for shape in saved:
-        assert shape not in sliced and shape[::-1] not in sliced
+# Every activation is a multiple of the batch size, and no slice of a weight is.
+HIDDEN, ODD_BATCH = 80, 7
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "sequence_parallel"), [(1, False), (2, False), (2, True)]
+)
+def test_no_slice_of_a_weight_is_kept_for_backward(
+    tensor_parallel: int, sequence_parallel: bool
+) -> None:
+    for saved, left, slices in run_on_ranks(
+        left_by_a_forward, tensor_parallel, sequence_parallel, tensor_parallel=tensor_parallel
+    ):
+        assert all(elements % ODD_BATCH for elements in slices)
+        assert not set(saved + left) & set(slices)
+        # The input of each of the four column-parallel linears, whole only where it came whole.
+        whole = SEQUENCE * ODD_BATCH * HIDDEN
+        assert saved.count(whole // 2 if sequence_parallel else whole) >= 4
+        assert not sequence_parallel or whole not in saved
 
 
 def refused(overrides: dict[str, Any], modules: tuple[str, ...]) -> str:
@@ -305,6 +326,11 @@ def refused(overrides: dict[str, Any], modules: tuple[str, ...]) -> str:
     ("overrides", "message"),
     [
         ({"attention_output_gate": True}, "attention_output_gate=True is not supported"),
+        ({"multi_latent_attention": True}, "multi_latent_attention=True is not supported"),
+        ({"num_moe_experts": 2}, "num_moe_experts=2 is not supported"),
+        ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope=True is not supported"),
+        ({"fp8": "hybrid"}, "fp8='hybrid' is not supported"),
+        ({"fp4": "e2m1"}, "fp4='e2m1' is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
     ],
 )
@@ -331,6 +357,22 @@ def forward_with_a_mask() -> None:
 def test_an_attention_mask_is_never_silently_ignored() -> None:
     with pytest.raises(RankError, match="attention_mask and attention_bias are not supported"):
         run_on_ranks(forward_with_a_mask, 1)
+
+
+def called_with(argument: str) -> None:
+    state = SATState(sat())
+    linear = build(state).decoder.layers[0].mlp.linear_fc1
+    inputs = linear.weight.new_ones(SEQUENCE, BATCH, linear.input_size)
+    value = {"weight": linear.weight, "runtime_gather_output": True}[argument]
+    linear.eval()(inputs, **{argument: value})
+    state.begin_step(1)
+    linear.train()(inputs, **{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["weight", "runtime_gather_output"])
+def test_what_a_sliced_linear_would_ignore_is_refused(argument: str) -> None:
+    with pytest.raises(RankError, match="weight and runtime_gather_output are not supported"):
+        run_on_ranks(called_with, 1, argument)
 
 
 def test_an_unknown_normalization_is_refused() -> None:

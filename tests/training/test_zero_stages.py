@@ -1,5 +1,6 @@
 """A run is the same at every ZeRO stage, and what ZeRO-3 needs of the layers holds."""
 
+import json
 from unittest import mock
 
 import pytest
@@ -71,9 +72,20 @@ def external_parameters_and_dropped_traces(argv: list[str]) -> tuple[int, list[i
     return sum(len(dict(m.ds_external_parameters())) for m in modules), dropped, len(checksums)
 
 
+# With leaf modules, the default, an attention or MLP has all its weights while it runs: only
+# without them would DeepSpeed notice one that is read outside its own linear.
+NO_LEAF_MODULES = {"zero_optimization": {"leaf_module": {"classes": []}}}
+
+
 @pytest.mark.parametrize("layout", ["", TENSOR_PARALLEL + "--sequence-parallel "])
-def test_zero_3_keeps_its_trace_and_finds_no_external_parameters(tiny_data, layout):
+@pytest.mark.parametrize("deepspeed", [{}, NO_LEAF_MODULES], ids=["leaf modules", "none"])
+def test_zero_3_keeps_its_trace_and_finds_no_external_parameters(
+    tmp_path, tiny_data, layout, deepspeed
+):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(deepspeed))
     flags = f"{SAT}{layout}--zero-stage 3 --train-iters 10 --eval-interval 4"
+    flags += f" --deepspeed_config {path}"
     for external, dropped, subsets in run_on_ranks(
         external_parameters_and_dropped_traces, 2, tiny_run(tiny_data, flags)
     ):
