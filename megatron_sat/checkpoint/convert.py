@@ -5,6 +5,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_sat.bad_input import one_line
@@ -13,9 +14,10 @@ from megatron_sat.checkpoint.hf_config import HFConfig, read_hf_config
 from megatron_sat.checkpoint.hf_export import MAX_SHARD_BYTES, HFExport, HFWriter
 from megatron_sat.checkpoint.verify import Verification, verify
 from megatron_sat.training.checkpoint import StoredCheckpoint
-from megatron_sat.training.config import HFDtype, TrainingConfig
+from megatron_sat.training.config import DataConfig, HFDtype, TrainingConfig
 from megatron_sat.training.hf import default_dtype
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.tokenizer import build_tokenizer
 
 _TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3, and so on."
 
@@ -46,8 +48,9 @@ def convert(
         stored: `find_checkpoint`'s.
         target: The folder; it must not exist.
         dtype: Type of the weights; None: as `--save-hf` chooses.
-        source: Folder whose config.json, generation config and tokenizer are taken; None: the
-            run's `--load-hf`, or what the run's own settings say.
+        source: Folder whose config.json and generation config are taken, and its tokenizer where
+            the run's is gone or was its `--load-hf` folder's; None: the run's `--load-hf`, or what
+            the run's own settings say.
         max_shard_bytes: Largest weights file.
         trust_remote_code: Run the code that the run's Hugging Face tokenizer comes with.
 
@@ -64,7 +67,7 @@ def convert(
         model=config.model,
         padded_vocabulary=stored.run_state["padded_vocab_size"],
         dtype=dtype or default_dtype(config, description),
-        data=config.data,
+        data=_tokenizer(stored, source, trust_remote_code),
         source=description,
         max_shard_bytes=max_shard_bytes,
         trust_remote_code=trust_remote_code,
@@ -92,6 +95,36 @@ def _source(config: TrainingConfig, given: str | Path | None) -> HFConfig | None
     return read_hf_config(folder)
 
 
+def _tokenizer(
+    stored: StoredCheckpoint, given: str | Path | None, trust_remote_code: bool
+) -> DataConfig:
+    """The run's data settings, naming the tokenizer that goes out; it has been read."""
+    run, data = stored.config, stored.config.data
+    if data.tokenizer_type == "NullTokenizer":
+        return data
+    assert data.tokenizer_model is not None
+    own = Path(data.tokenizer_model)
+    gone = not own.exists()
+    base = run.checkpoint.load_hf
+    if given is not None and (gone or (base is not None and own == Path(base))):
+        data = replace(data, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(given))
+    elif gone:
+        raise ValueError(
+            f"the run's --tokenizer-model {own} is gone; give a folder that has its tokenizer "
+            "with --load-hf"
+        )
+    tokenizer = build_tokenizer(
+        data.tokenizer_type, data.tokenizer_model, trust_remote_code=trust_remote_code
+    )
+    rows = run.model.vocab_size
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{stored.folder} has a vocabulary of {rows}, but the tokenizer {tokenizer.path} has "
+            f"{tokenizer.vocab_size} tokens; they do not belong together"
+        )
+    return data
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Write a run's checkpoint as a Hugging Face folder, and compare both.",
@@ -105,8 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--load-hf",
         metavar="DIR",
-        help="with --load: folder whose config.json and tokenizer to take (default: the run's); "
-        "alone: folder to verify as training reads it",
+        help="with --load: folder whose config.json to take, and its tokenizer where the run's is "
+        "gone or was its --load-hf folder's (default: the run's); alone: folder to verify as "
+        "training reads it",
     )
     add(
         "--max-shard-size",

@@ -196,7 +196,7 @@ def config_json(
 ) -> dict[str, Any]:
     """What a saved folder's config.json holds: `source`'s with what has changed, or a new one.
 
-    `tokens` are `bos_token_id` and the like, for a new one.
+    `tokens` are `bos_token_id` and the like of a tokenizer that is not `source`'s.
     """
     if source is not None:
         raw = dict(source.raw)
@@ -205,7 +205,7 @@ def config_json(
             raw["dtype"] = dtype
         if source.fields["vocab_size"] != model.vocab_size:
             raw["vocab_size"] = model.vocab_size
-        return raw
+        return with_tokens(raw, tokens)
     family = family_of(model)
     raw = {"architectures": [family.architecture], "model_type": family.model_type}
     raw |= {key: getattr(model, name) for name, key in _KEYS.items()}
@@ -233,6 +233,17 @@ def config_json(
     elif family.model_type == "mistral":
         raw["sliding_window"] = None
     return raw | dict(tokens)
+
+
+def with_tokens(raw: Mapping[str, Any], tokens: Mapping[str, int]) -> dict[str, Any]:
+    """`raw` with the special ids `tokens`. A list that has the id stays: a chat model ends at any
+    of several tokens."""
+    changed = dict(raw)
+    for key, number in tokens.items():
+        known = changed.get(key)
+        if number not in (known if isinstance(known, list) else [known]):
+            changed[key] = number
+    return changed
 
 
 def check_same_model(source: HFConfig, model: ModelConfig) -> None:

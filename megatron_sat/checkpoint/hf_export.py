@@ -12,8 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_sat.bad_input import parse_json
 from megatron_sat.checkpoint.families import Family, dims, family_of
-from megatron_sat.checkpoint.hf_config import CONFIG, HFConfig, check_same_model, config_json
+from megatron_sat.checkpoint.hf_config import (
+    CONFIG,
+    HFConfig,
+    check_same_model,
+    config_json,
+    with_tokens,
+)
+from megatron_sat.checkpoint.hf_tokenizer import check_tokenizer, write_tokenizer
 from megatron_sat.checkpoint.layout import Dims, Named
 from megatron_sat.training.config import DataConfig, HFDtype, ModelConfig
 
@@ -22,14 +30,6 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 _GENERATION = "generation_config.json"
 _INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class HFExport:
     """What a folder is to hold. Made before any work: it refuses what cannot be written.
 
     Raises:
-        ValueError: the folder exists, or no family of `transformers` can hold the model.
+        ValueError: the folder exists, no family of `transformers` can hold the model, or its
+            tokenizer is gone.
     """
 
     target: Path
@@ -48,10 +49,10 @@ class HFExport:
     dtype: HFDtype
     """Type of the weights."""
     data: DataConfig
-    """Names the tokenizer."""
+    """Names the tokenizer that goes along."""
     source: HFConfig | None
     """The folder that the model came from: its config.json and generation config are taken, and
-    its tokenizer where `data` has none of its kind."""
+    its tokenizer where `data` names none."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     trust_remote_code: bool = False
     """Run the code that the tokenizer comes with; what `data` says of it may be a checkpoint's."""
@@ -61,6 +62,7 @@ class HFExport:
             raise ValueError(f"--save-hf {self.target} exists; give a folder that does not")
         if self.source is not None:
             check_same_model(self.source, self.model)
+        check_tokenizer(self.data)
         assert self.family
 
     @property
@@ -143,7 +145,12 @@ class HFWriter:
                 },
             }
             _write_json(self._folder / _INDEX, index)
-        tokens = _copy_tokenizer(export, self._folder)
+        tokens = write_tokenizer(
+            export.data,
+            None if export.source is None else export.source.folder,
+            self._folder,
+            trust_remote_code=export.trust_remote_code,
+        )
         _write_configs(export, tokens, self._folder)
         self._folder.rename(export.target)
 
@@ -169,51 +176,6 @@ def _plan_shards(export: HFExport, itemsize: int) -> list[list[str]]:
     return shards
 
 
-def _copy_tokenizer(export: HFExport, folder: Path) -> dict[str, int]:
-    """Returns the ids of the special tokens that config.json names."""
-    kind, path = export.data.tokenizer_type, export.data.tokenizer_model
-    source = None if export.source is None else export.source.folder
-    if kind == "HuggingFaceTokenizer":
-        assert path is not None
-        source = Path(path)
-    if source is not None:
-        for pattern in _TOKENIZER_FILES:
-            for file in sorted(source.glob(pattern)):
-                if file.is_dir():
-                    shutil.copytree(file, folder / file.name)
-                else:
-                    shutil.copyfile(file, folder / file.name)
-    if kind == "SentencePieceTokenizer":
-        assert path is not None
-        return _describe_sentencepiece(Path(path), folder, copy=source is None)
-    if kind == "HuggingFaceTokenizer" and export.source is None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(source), local_files_only=True, trust_remote_code=export.trust_remote_code
-        )
-        names = ("bos_token_id", "eos_token_id")
-        return {name: number for name in names if (number := getattr(tokenizer, name)) is not None}
-    return {}
-
-
-def _describe_sentencepiece(path: Path, folder: Path, *, copy: bool) -> dict[str, int]:
-    from sentencepiece import SentencePieceProcessor
-
-    pieces = SentencePieceProcessor(model_file=str(path))
-    ids = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id()}
-    ids = {name: number for name, number in ids.items() if number >= 0}
-    if copy:
-        shutil.copyfile(path, folder / "tokenizer.model")
-        described: dict[str, Any] = {
-            f"{name}_token": pieces.id_to_piece(number) for name, number in ids.items()
-        }
-        described |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
-        described |= {"add_bos_token": "bos" in ids, "add_eos_token": False}
-        _write_json(folder / "tokenizer_config.json", described)
-    return {f"{name}_token_id": number for name, number in ids.items() if name != "unk"}
-
-
 def _write_configs(export: HFExport, tokens: Mapping[str, int], folder: Path) -> None:
     source = export.source
     config = config_json(export.model, dtype=export.dtype, source=source, tokens=tokens)
@@ -223,8 +185,12 @@ def _write_configs(export: HFExport, tokens: Mapping[str, int], folder: Path) ->
         _write_json(folder / CONFIG, config)
     if source is None:
         _write_json(folder / _GENERATION, dict(tokens))
-    elif (source.folder / _GENERATION).exists():
-        shutil.copyfile(source.folder / _GENERATION, folder / _GENERATION)
+    elif (given := source.folder / _GENERATION).exists():
+        if tokens:
+            generation = parse_json(given.read_text(encoding="utf-8"))
+            _write_json(folder / _GENERATION, with_tokens(generation, tokens))
+        else:
+            shutil.copyfile(given, folder / _GENERATION)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
