@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sat.finetuning.chat import ChatEncoder, Message
+from megatron_sat.finetuning.chat import ChatEncoder, Message, is_response
 
 TooLong = Literal["cut", "skip", "error"]
 WithoutResponse = Literal["skip", "error"]
@@ -35,6 +35,8 @@ class Counts:
     """Of those used."""
     learned: int = 0
     """Of these, tokens of responses."""
+    empty: int = 0
+    """The assistant's turns without text in records used: not learned."""
 
     def describe(self, path: str | Path) -> str:
         """One line for the log."""
@@ -44,9 +46,10 @@ class Counts:
         }
         skipped = ", ".join(f"{n} {what}" for what, n in left.items() if n)
         cut = f"; {self.cut} cut to the context" if self.cut else ""
+        empty = f"; {self.empty} empty responses not learned" if self.empty else ""
         return (
             f"{path}: {self.used} of {self.records} records, {self.tokens} tokens of which "
-            f"{self.learned} are learned; left out: {skipped or 'none'}{cut}"
+            f"{self.learned} are learned; left out: {skipped or 'none'}{cut}{empty}"
         )
 
 
@@ -99,16 +102,16 @@ def load_examples(
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         counts.records += 1
-        messages = _messages(line, where)
-        if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        messages, tools = _chat(line, where)
+        try:
+            encoded = encoder.encode(messages, tools) if any(map(is_response, messages)) else None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if encoded is None or not any(encoded.is_response[1:]):
             if without_response == "error":
                 raise ValueError(f"{where}: there is no response in it")
             counts.without_response += 1
             continue
-        try:
-            encoded = encoder.encode(messages)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
         size = len(encoded.input_ids)
         if size > max_length and too_long == "error":
             raise ValueError(
@@ -125,6 +128,7 @@ def load_examples(
         counts.used += 1
         counts.tokens += len(tokens)
         counts.learned += int(learned.sum())
+        counts.empty += sum(m["role"] == "assistant" and not is_response(m) for m in messages)
         pairs.append((tokens, learned))
     if not pairs:
         raise ValueError(f"nothing to train on is left: {counts.describe(path)}")
@@ -143,20 +147,24 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}: is not UTF-8 ({error})") from error
 
 
-def _messages(line: str, where: str) -> list[Message]:
+def _chat(line: str, where: str) -> tuple[list[Message], list[Any] | None]:
+    """Messages and tools of a record."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: is no JSON ({error})") from error
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return [_message(message, where) for message in record["messages"]]
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        response = record.get("response")
-        if response is None or isinstance(response, str):
+    if isinstance(record, dict):
+        tools = record.get("tools") or None
+        if not isinstance(tools, list | None):
+            raise ValueError(f"{where}: its tools are no list")
+        if isinstance(record.get("messages"), list):
+            return [_message(message, where) for message in record["messages"]], tools
+        prompt, response = record.get("prompt"), record.get("response")
+        if isinstance(prompt, str) and isinstance(response, str | None):
             return [
-                {"role": "user", "content": record["prompt"]},
+                {"role": "user", "content": prompt},
                 {"role": "assistant", "content": response or ""},
-            ]
+            ], tools
     raise ValueError(
         f'{where}: is no record; valid: {{"messages": [{{"role": ..., "content": ...}}, ...]}}, or '
         '{"prompt": ..., "response": ...}'
@@ -166,6 +174,22 @@ def _messages(line: str, where: str) -> list[Message]:
 def _message(message: Any, where: str) -> Message:
     if isinstance(message, Mapping):
         role, content = message.get("role"), message.get("content")
-        if isinstance(role, str) and (content is None or isinstance(content, str)):
-            return {"role": role, "content": content or ""}
+        if isinstance(role, str) and isinstance(content, str | None):
+            calls = message.get("tool_calls") or []
+            if not isinstance(calls, list) or not all(isinstance(c, Mapping) for c in calls):
+                raise ValueError(f"{where}: a message whose tool_calls are no list of calls")
+            more = {"tool_calls": [_call(call, where) for call in calls]} if calls else {}
+            return {**message, "content": content or "", **more}
     raise ValueError(f"{where}: a message without the texts role and content")
+
+
+def _call(call: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A call with its arguments as an object, as templates want them; OpenAI's API gives text."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: arguments of a call are no JSON ({error})") from error
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -77,9 +77,13 @@ class MicroBatchHook:
             )
         if state.rate > 0.0:
             _refuse_filled_cache(arguments.get("past_key_values"))
-        if self._recomputed:
-            self._forwards, self._recomputed = 0, False
-        self._forwards += torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            if state.micro_batch is not None:
+                return  # recomputation in a backward pass to come needs the subsets that are there
+        elif self._recomputed:
+            self._forwards, self._recomputed = 1, False
+        else:
+            self._forwards += 1
         index = 0 if state.micro_batch is None else state.micro_batch + 1
         state.begin_micro_batch(index, _token_mask(arguments.get("attention_mask")))
 

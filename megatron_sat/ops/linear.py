@@ -69,7 +69,7 @@ def column_weight_grad(
     width = _part(x.shape[1], dy.shape[1], rows, tokens=dy.shape[0])
     if width == x.shape[1]:
         return scatter_rows(dy.t() @ x, index, rows=rows, **layout)
-    whole = x.new_empty(rows, x.shape[1])
+    whole = dy.new_empty(rows, x.shape[1])  # under autocast a product is like dy, not like x
     for x_part, out in zip(x.split(width, dim=1), whole.split(width, dim=1), strict=True):
         scatter_rows(dy.t() @ x_part, index, rows=rows, **layout, out=out)
     return whole

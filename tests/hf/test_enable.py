@@ -144,6 +144,35 @@ def test_recomputation_uses_the_subset_of_the_first_pass(scope: str, reentrant: 
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("scope", ["step", "micro-batch"])
+def test_a_forward_without_gradients_leaves_the_subset(scope: str, reentrant: bool) -> None:
+    """A teacher's or a reference's, in training mode, before each backward pass."""
+    gradients = []
+    for among in (False, True):
+        model = build_model("llama3").train()
+        options = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        state = enable_sat(model, sat(scope=scope))
+        state.begin_step(1)
+        for _ in range(2):
+            loss = forward(model).square().mean()
+            if among:
+                with torch.no_grad():
+                    forward(model, attention_mask=torch.ones_like(IDS).tril())
+            loss.backward()
+        assert state.micro_batch == 1
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+    # As the first of a step it decides.
+    state.begin_step(2)
+    with torch.no_grad():
+        forward(model)
+    checksum = state.checksum()
+    forward(model).mean().backward()
+    assert (state.checksum() == checksum) == (scope == "step")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputation_of_an_earlier_micro_batch_is_refused(reentrant: bool) -> None:
     model = build_model("llama3").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

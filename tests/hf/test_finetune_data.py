@@ -32,12 +32,30 @@ THINKING = (
     "{{ m['content'] + '</s>;' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
 )
-# No token ends a turn, and a later turn changes how an earlier one is written.
+# As Qwen 3's: thoughts of turns before the last question are dropped; calls of tools are written.
+DROPPING = (
+    "{% if tools %}{{ '<s>tools:' + tools | tojson + '</s>;' }}{% endif %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<s>' + m['role'] + ':' }}"
+    "{% if m['role'] == 'assistant' %}{% if loop.index0 > ns.last and loop.last %}{{ '(' }}"
+    "{% if ')' in m['content'] %}{{ m['content'].split(')')[0].lstrip('(') }}{% endif %}"
+    "{{ ')' }}{% endif %}{{ m['content'].split(')')[-1] }}"
+    "{% for c in m['tool_calls'] or [] %}{{ '<call>' + c['function'] | tojson + '</call>' }}"
+    "{% endfor %}{% else %}{{ (m['tool_call_id'] or '') + m['content'] }}{% endif %}"
+    "{{ '</s>;' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+)
+# No token ends a turn.
 PLAIN = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + ';' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-UNSTABLE = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+# A response changes how what stands before it is written.
+UNSTABLE = (
+    "{{ messages | map(attribute='content') | join | length }}"
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
 CHAT = [
     {"role": "user", "content": "1+1"},
     {"role": "assistant", "content": "two"},
@@ -75,7 +93,8 @@ def learned(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> list[s
         (CHATML, ["two</s>", "yes</s>"]),
         (MARKED, ["two</s>", "yes</s>"]),
         (THINKING, ["two</s>", "(think)yes</s>"]),
-        (PLAIN, ["two", "yes;"]),
+        (DROPPING, ["two</s>", "()yes</s>"]),
+        (PLAIN, ["two;", "yes;"]),
         (DEFAULT_TEMPLATE, ["two</s>", "yes</s>"]),
     ],
 )
@@ -86,9 +105,97 @@ def test_all_responses_of_a_chat_are_learned_and_nothing_else(
     assert learned(tokenizer, template, CHAT[:3]) == [expected[0]]
 
 
+def test_a_response_ends_before_the_next_turn(tokenizer: Any) -> None:
+    """Where the template writes it otherwise than it is given, and others repeat it."""
+    thought = {"role": "assistant", "content": "(1+1 is 2)two"}
+    chat = [CHAT[0], thought, {"role": "user", "content": "(1+1 is 2)two"}, CHAT[3]]
+    assert learned(tokenizer, DROPPING, chat) == ["two</s>", "()yes</s>"]
+    assert learned(tokenizer, DROPPING, chat[:2]) == ["(1+1 is 2)two</s>"]
+    chat[2] = {"role": "user", "content": "why"}
+    assert learned(tokenizer, DROPPING, chat) == ["two</s>", "()yes</s>"]
+    chat[3] = thought
+    assert learned(tokenizer, DROPPING, chat) == ["two</s>", "(1+1 is 2)two</s>"]
+
+
+WITH_MARKED_CALLS = MARKED.replace(
+    "{{ eos_token }}", "{{ (m['tool_calls'] or '') | string + eos_token }}"
+)
+CALL = {"id": "x", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize("template", [DROPPING, WITH_MARKED_CALLS])
+def test_calls_of_tools_are_learned(tmp_path: Path, tokenizer: Any, template: str) -> None:
+    """With OpenAI's form of their arguments, as text, and no content."""
+    as_text = {"name": "add", "arguments": '{"a": 1}'}
+    chat = [
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": as_text}]},
+        {"role": "tool", "content": "2", "tool_call_id": "x"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "and"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    as_object = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    path = write(tmp_path / "data.jsonl", {"messages": chat, "tools": [CALL]})
+    chats = encoder(tokenizer, template + "{{ tools | length if tools }}")
+    examples, counts = load_examples(path, chats, max_length=1000)
+    (example,) = examples
+    (alone,) = learned(tokenizer, chats._tokenizer.chat_template, [chat[0], as_object])
+    text = tokenizer.decode([t for t in example["labels"] if t != IGNORED])
+    first, two, yes = text.replace("()", "").split("</s>")[:3]
+    assert (two, yes) == ("two", "yes")
+    assert alone.replace("()", "") == first + "</s>"
+    if template == DROPPING:
+        assert first == '<call>{"name":Ġ"add",Ġ"arguments":Ġ{"a":Ġ1}}</call>'.replace("Ġ", " ")
+        whole = tokenizer.decode(example["input_ids"])
+        assert whole.startswith('<s>tools:[{"id": "x"') and "<s>tool:x2</s>" in whole
+    else:
+        assert "'arguments': {'a': 1}" in first
+    assert counts.empty == 0 and counts.learned == len(tokenizer(text)["input_ids"])
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, DEFAULT_TEMPLATE])
+def test_tools_that_a_template_does_not_write_are_refused(
+    tmp_path: Path, tokenizer: Any, template: str
+) -> None:
+    chats = encoder(tokenizer, template)
+    with pytest.raises(ValueError, match="it has tools, which the chat template does not write"):
+        chats.encode(CHAT, [CALL])
+    called = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    path = write(tmp_path / "data.jsonl", {"messages": called})
+    with pytest.raises(ValueError, match="line 1: it has tool_calls, which the chat template"):
+        load_examples(path, chats, max_length=100)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, DROPPING])
+def test_turns_without_a_response_are_not_learned(
+    tmp_path: Path, tokenizer: Any, template: str
+) -> None:
+    empty = {"role": "assistant", "content": None, "tool_calls": []}
+    chat = [CHAT[0], empty, {"role": "user", "content": "go"}, CHAT[1]]
+    path = write(tmp_path / "data.jsonl", {"messages": chat}, {"messages": [CHAT[0], empty]})
+    examples, counts = load_examples(path, encoder(tokenizer, template), max_length=100)
+    (example,) = examples
+    text = tokenizer.decode([t for t in example["labels"] if t != IGNORED])
+    assert text.removeprefix("()") == "two</s>"
+    assert (counts.empty, counts.used, counts.without_response) == (1, 1, 1)
+    assert "1 empty responses not learned" in counts.describe(path)
+
+
+def test_records_of_which_nothing_is_learned_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    """A template that marks some responses only."""
+    some = MARKED.replace("== 'assistant'", "== 'assistant' and 'w' in m['content']")
+    path = write(tmp_path / "data.jsonl", {"messages": CHAT[2:]}, {"messages": CHAT[:2]})
+    examples, counts = load_examples(path, encoder(tokenizer, some), max_length=100)
+    assert (len(examples), counts.used, counts.without_response) == (1, 1, 1)
+    path = write(tmp_path / "data.jsonl", {"messages": CHAT[2:]})
+    with pytest.raises(ValueError, match="nothing to train on is left"):
+        load_examples(path, encoder(tokenizer, some), max_length=100)
+
+
 def test_a_template_in_which_responses_cannot_be_found_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"mark them with \{% generation %\}"):
-        encoder(tokenizer, UNSTABLE).encode(CHAT)
+        encoder(tokenizer, UNSTABLE).encode([CHAT[0], {**CHAT[1], "content": "three"}, *CHAT[2:]])
     refusing = "{{ raise_exception('no system') }}"
     with pytest.raises(ValueError, match="the chat template refuses it: no system"):
         encoder(tokenizer, refusing).encode(CHAT)
@@ -148,6 +255,15 @@ def test_records_are_counted(tmp_path: Path, tokenizer: Any) -> None:
         ('{"prompt": "a", "response": 3}', "line 2: is no record; valid:"),
         ('{"messages": [{"role": "user"}, 3]}', "line 2: a message without the texts role and"),
         ('{"messages": [{"content": "a"}]}', "line 2: a message without the texts role and"),
+        ('{"messages": [], "tools": "a"}', "line 2: its tools are no list"),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": 3}]}',
+            "line 2: a message whose tool_c",
+        ),
+        (
+            '{"messages": [{"role": "a", "tool_calls": [{"function": {"arguments": "x"}}]}]}',
+            "line 2: arguments of a call are no JSON",
+        ),
     ],
 )
 def test_a_line_that_is_no_record_is_an_error(

@@ -166,6 +166,34 @@ def test_under_autocast_they_compute_as_linear_does() -> None:
         assert torch.equal(actual, expected)
 
 
+def test_weight_gradients_in_parts_under_autocast() -> None:
+    """Few tokens and many features, so that they are made in parts without being told to."""
+    index = torch.tensor([0, 3, 4, 7, 9])
+    x, column = leaf(3, 192, dtype=torch.float32), leaf(160, 192, dtype=torch.float32)
+    row = leaf(192, 160, dtype=torch.float32)
+    assert linear._part(192, 80, 160, tokens=3) < 192
+    mask = torch.zeros(160)
+    mask[kept_positions(16, 1, 10, index.tolist())] = 1
+
+    def masked() -> Tensor:
+        hidden = torch.nn.functional.linear(x, column) * mask
+        return torch.nn.functional.linear(hidden, row)
+
+    def sliced() -> Tensor:
+        return row_sliced_linear(
+            column_sliced_linear(x, column, index, unit=16), row, index, unit=16
+        )
+
+    results = []
+    for run in (masked, sliced):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = run()
+        results.append(gradients(output, [x, column, row], torch.ones_like(output)))
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype == torch.float32
+        assert (actual - expected).norm() <= 1e-2 * expected.norm()
+
+
 SLICED = [(run_column, (3, 12), (16, 12)), (run_row, (3, 4), (12, 8))]
 
 
