@@ -207,8 +207,8 @@ class Campaign:
         outcome: Outcome,
     ) -> None:
         """The first start, and its fault; returns when all ranks are gone."""
-        # What happens to files needs some.
-        first = SAVE_INTERVAL + 1 if fault in FILE_FAULTS else 1
+        # What happens to files needs some, and the first are there when the second are written.
+        first = 2 * SAVE_INTERVAL if fault in FILE_FAULTS else 1
         at = source.randrange(first, ITERATIONS)
         one = source.randrange(job.ranks)
         with faults.start_ranks(argv, job.ranks, hosts=hosts) as ranks:
