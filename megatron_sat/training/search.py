@@ -61,6 +61,7 @@ def find_checkpoint(
     load: str,
     *,
     iteration: int | None = None,
+    newest: Path | None = None,
     check: Callable[[StoredCheckpoint], None] | None = None,
     together: bool = False,
 ) -> StoredCheckpoint:
@@ -73,6 +74,7 @@ def find_checkpoint(
     Args:
         load: a ``--save`` folder.
         iteration: no other one will do.
+        newest: this folder of ``load`` and older ones alone.
         check: called with a checkpoint's description before its large files are read; raises
             ValueError where the run may not go on from it.
         together: all ranks call this, and each reads a share of the files. Collective.
@@ -85,6 +87,11 @@ def find_checkpoint(
     if iteration is not None:
         with _agree(f"looking for a checkpoint of {iteration}", together):
             folders = [_of_iteration(load, folders, iteration)]
+    if newest is not None:
+        with _agree(f"looking for {newest}", together):
+            if newest not in folders:
+                raise ValueError(f"--load {load}: there is no checkpoint {newest.name} any more")
+            folders = folders[folders.index(newest) :]
     passed_over: list[str] = []
     for folder in folders:
         described = _of_first_rank(functools.partial(_describe, load, folder), together)
