@@ -27,7 +27,7 @@ from megatron_sat.training.checkpoint import (
     folder_name,
 )
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.initialize import ranks_agree
+from megatron_sat.training.initialize import decided_by_first_rank, ranks_agree
 from megatron_sat.training.manifest import (
     MANIFEST,
     Damage,
@@ -123,17 +123,7 @@ def in_words(damage: Sequence[Damage]) -> str:
 
 
 def _of_first_rank(find: Callable[[], _T], together: bool) -> _T:
-    """The result of `find`; with several ranks the first one's, as what lies in a folder may change
-    between two looks."""
-    if not together:
-        return find()
-    found: list[Any] = [None]
-    with ranks_agree("looking for a checkpoint"):
-        if dist.get_rank() == 0:
-            found = [find()]
-    dist.broadcast_object_list(found)
-    result: _T = found[0]
-    return result
+    return decided_by_first_rank("looking for a checkpoint", find) if together else find()
 
 
 def _candidates(load: str) -> list[Path]:
