@@ -7,13 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_sat.bad_input import one_line
 from megatron_sat.exit_codes import ExitCode, RunEnded
+
+_T = TypeVar("_T")
 
 
 class RanksStopped(RunEnded):
@@ -68,6 +70,22 @@ def ranks_agree(doing: str) -> Iterator[None]:
     if not by_user:
         message = f"rank {rank} failed while {doing}: {kind}: {message}"
     raise RanksStopped(message, by_user=by_user, by_disk=by_disk) from failure
+
+
+def decided_by_first_rank(doing: str, decide: Callable[[], _T]) -> _T:
+    """What ``decide()`` returns on rank 0, on all ranks: for questions to a file system, which may
+    answer each host, and each moment, in its own way. Collective.
+
+    Raises:
+        RanksStopped: on all ranks, where it raises; see :func:`ranks_agree`.
+    """
+    decided: list[Any] = [None]
+    with ranks_agree(doing):
+        if dist.get_rank() == 0:
+            decided = [decide()]
+    dist.broadcast_object_list(decided)
+    result: _T = decided[0]
+    return result
 
 
 def run(main: Callable[[], object]) -> int:

@@ -14,12 +14,21 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_sat.cpu import enable_cpu_path
-from megatron_sat.stopping import RanksStopped, ranks_agree, run
+from megatron_sat.stopping import RanksStopped, decided_by_first_rank, ranks_agree, run
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.launch import Launch
 
-__all__ = ["ModelParallelUnit", "RanksStopped", "initialize", "join", "ranks_agree", "run", "start"]
+__all__ = [
+    "ModelParallelUnit",
+    "RanksStopped",
+    "decided_by_first_rank",
+    "initialize",
+    "join",
+    "ranks_agree",
+    "run",
+    "start",
+]
 
 
 class ModelParallelUnit:

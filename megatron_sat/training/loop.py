@@ -15,7 +15,7 @@ from megatron_sat.communication import check_equal_subsets
 from megatron_sat.exit_codes import ExitCode, RunEnded
 from megatron_sat.state import SATState
 from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
-from megatron_sat.training.checkpoint import Progress
+from megatron_sat.training.checkpoint import Progress, folder_name
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Datasets
 from megatron_sat.training.display import Display
@@ -332,11 +332,12 @@ class Trainer:
         if last or not self.config.checkpoint.async_save:
             self.finish_saving(last=last)
 
-    def save_snapshot(self, folder: Path) -> None:
+    def save_snapshot(self, folder: Path) -> bool:
         """Save a checkpoint in another ``folder`` than ``--save``, and wait for it. Collective. It
-        is not `last_saved`. RunEnded as :meth:`save`."""
+        is not `last_saved`. Whether it could be saved; RunEnded as :meth:`save`."""
         self._start_saving(snapshot_in=folder)
         self.finish_saving()
+        return self._saver.last_snapshot == folder / folder_name(self.iteration)
 
     def _start_saving(self, *, snapshot_in: Path | None = None, last: bool = False) -> None:
         self._saver.start(

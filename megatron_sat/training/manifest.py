@@ -68,16 +68,29 @@ def hash_file(path: Path, *, on_read: Callable[[int], None] | None = None) -> En
     return Entry(size, digest.hexdigest())
 
 
+def sync(path: Path) -> None:
+    """Make a file last, or the names in a folder. OSError where the disk refuses."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_and_hash(path: Path) -> Entry:
+    sync(path)
+    return hash_file(path)
+
+
 def write_manifest(folder: Path, *, known: Mapping[str, Entry] | None = None) -> None:
     """Write ``manifest.json`` of all files that lie in ``folder`` and below it now.
 
     It is complete on disk or absent. ``known`` gives entries, by path within the folder, of files
-    that were hashed as they were written; the others are read.
+    that were hashed, and made last, as they were written; the others are read and made last here.
 
     Raises:
-        ValueError: something that is not a plain file, or a file of ``known`` that is not there
-            with its size.
-        OSError: a file cannot be read, or the manifest not be written.
+        OSError: a file cannot be read, or the manifest not be written; something is not a plain
+            file, or a file of ``known`` is not there with its size.
     """
     known = known or {}
     paths = {}
@@ -86,17 +99,15 @@ def write_manifest(folder: Path, *, known: Mapping[str, Entry] | None = None) ->
         if name == MANIFEST or (path.is_dir() and not path.is_symlink()):
             continue
         if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path} is not a plain file")
+            raise OSError(f"{path} is not a plain file")
         paths[name] = path
     for name, entry in known.items():
         if name not in paths:
-            raise ValueError(f"{folder / name} was written and is not there")
+            raise OSError(f"{folder / name} was written and is not there")
         if (size := paths[name].stat().st_size) != entry.size:
-            raise ValueError(f"{paths[name]} has {size} bytes, {entry.size} were written")
+            raise OSError(f"{paths[name]} has {size} bytes, {entry.size} were written")
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashed = pool.map(
-            lambda name: known[name] if name in known else hash_file(paths[name]), paths
-        )
+        hashed = pool.map(lambda name: known.get(name) or _sync_and_hash(paths[name]), paths)
         files = {name: asdict(entry) for name, entry in zip(paths, hashed, strict=True)}
     content = {"format": _FORMAT, "files": files}
     temporary = folder / f"{MANIFEST}.tmp"
@@ -106,11 +117,7 @@ def write_manifest(folder: Path, *, known: Mapping[str, Entry] | None = None) ->
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MANIFEST)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:

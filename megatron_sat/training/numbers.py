@@ -14,7 +14,7 @@ from megatron_sat.training.gradients import forget_skipped_gradients
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.metrics import MetricsSinks, SpikeRecord
 from megatron_sat.training.replicas import check_replicas
-from megatron_sat.training.rollback import roll_back, snapshot_folder, write_spike
+from megatron_sat.training.rollback import find_way_back, roll_back, snapshot_folder, write_spike
 from megatron_sat.training.saving import CheckpointSaver
 from megatron_sat.training.watch import (
     MOST_ROLLBACKS,
@@ -45,7 +45,7 @@ class Numbers:
         state: SATState,
         learning_rate: LearningRate,
         saver: CheckpointSaver,
-        save_snapshot: Callable[[Path], None],
+        save_snapshot: Callable[[Path], bool],
         sinks: MetricsSinks,
         display: Display,
         watchdog: Watchdog,
@@ -126,15 +126,17 @@ class Numbers:
         )
         self._saver.finish()
         if (folder := snapshot_folder(self._config, iteration)) is not None:
-            write_spike(folder, record, losses=self.recent_losses[:-1], lr=self._learning_rate.lr)
-            self._save_snapshot(folder)
-            message += f"; snapshot in {folder}"
+            losses, lr = self.recent_losses[:-1], self._learning_rate.lr
+            with self._saver.counted("spike.json", last=False):
+                write_spike(folder, record, losses=losses, lr=lr)
+            if self._save_snapshot(folder):
+                message += f"; snapshot in {folder}"
         if self._config.watch.rollback_on_spike:
             back = self._roll_back(message)
-            record = replace(record, rolled_back_to=back)
-            if back is None:
-                message += "; there is no checkpoint of these ranks to go back to"
+            if isinstance(back, str):
+                message += f"; not rolled back: {back}"
             else:
+                record = replace(record, rolled_back_to=back)
                 self._spikes.forget_last()
                 # They count the run's steps, which go on.
                 self._engine.global_steps = iteration
@@ -146,13 +148,16 @@ class Numbers:
         self._sinks.log_spike(record)
         self._display.message(message)
 
-    def _roll_back(self, why: str) -> int | None:
-        last_saved = self._saver.last_saved
-        if last_saved is None:
-            return None
-        if self._rolled_back_to.count(last_saved) == MOST_ROLLBACKS:
+    def _roll_back(self, why: str) -> int | str:
+        """The iteration of the checkpoint that was gone back to, or why there was none."""
+        if self._saver.last_saved is None:
+            return "there is no checkpoint yet"
+        stored = find_way_back(self._saver.last_saved, config=self._config)
+        if isinstance(stored, str):
+            return stored
+        self._saver.last_saved = stored.folder  # later ones were damaged since
+        if self._rolled_back_to.count(stored.folder) == MOST_ROLLBACKS:
             raise WrongNumbers(f"{why.strip()}, after {MOST_ROLLBACKS} rollbacks to one checkpoint")
-        back = roll_back(self._engine, last_saved, config=self._config, state=self._state)
-        if back is not None:
-            self._rolled_back_to.append(last_saved)
-        return back
+        roll_back(self._engine, stored, config=self._config, state=self._state)
+        self._rolled_back_to.append(stored.folder)
+        return stored.progress.iteration

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sat.training.checkpoint import LATEST, REPLACED, write_latest
+from megatron_sat.training.manifest import sync
 from megatron_sat.training.retention import remove
-from megatron_sat.training.writing import sync_folder
 
 
 def collect(engine: Any, folder: Path, take: Callable[[Any, str], object]) -> Exception | None:
@@ -78,7 +78,7 @@ def publish(unfinished: Path, folder: Path) -> list[str]:
         if replaced.exists():
             replaced.rename(folder)
         raise
-    sync_folder(folder.parent)
+    sync(folder.parent)
     faults = []
     try:
         write_latest(folder)

@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_sat.training.checkpoint import (
     DELETED,
     LATEST,
@@ -21,6 +19,7 @@ from megatron_sat.training.checkpoint_arguments import same_folder
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.data import Described
 from megatron_sat.training.hf import export_folder
+from megatron_sat.training.initialize import decided_by_first_rank
 from megatron_sat.training.metrics import METRICS_FILE
 from megatron_sat.training.search import list_checkpoints
 
@@ -77,9 +76,7 @@ def auto_resume(config: TrainingConfig) -> TrainingConfig:
     save = config.checkpoint.save
     if not config.checkpoint.auto_resume or save is None:
         return config
-    found = [bool(list_checkpoints(save))]
-    dist.broadcast_object_list(found)
-    if not found[0]:
+    if not decided_by_first_rank("looking for checkpoints", lambda: list_checkpoints(save)):
         return config
     checkpoint = replace(
         config.checkpoint, load=save, ckpt_step=None, no_load_optim=False, no_load_rng=False
@@ -89,7 +86,7 @@ def auto_resume(config: TrainingConfig) -> TrainingConfig:
 
 def is_done(stored: StoredCheckpoint, config: TrainingConfig) -> bool:
     """Whether a restart by ``--auto-resume`` has nothing to do: all steps are done, and the Hugging
-    Face folder that was asked for at the end is written."""
+    Face folder that was asked for at the end is written, where rank 0 writes it. Collective."""
     checkpoint = config.checkpoint
     if not checkpoint.auto_resume or checkpoint.load != checkpoint.save:
         return False
@@ -98,7 +95,8 @@ def is_done(stored: StoredCheckpoint, config: TrainingConfig) -> bool:
     if checkpoint.save_hf is None:
         return True
     iteration = stored.progress.iteration if checkpoint.save_hf_every_save else None
-    return export_folder(config, iteration).exists()
+    folder = export_folder(config, iteration)
+    return decided_by_first_rank(f"looking for {folder}", folder.exists)
 
 
 def continues(config: TrainingConfig) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sat.state import SATState
-from megatron_sat.training.checkpoint import load_checkpoint
+from megatron_sat.training.checkpoint import StoredCheckpoint, load_checkpoint
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.initialize import ranks_agree
+from megatron_sat.training.initialize import RanksStopped, ranks_agree
 from megatron_sat.training.metrics import SpikeRecord
 from megatron_sat.training.search import find_checkpoint
 
@@ -33,19 +33,28 @@ def write_spike(folder: Path, record: SpikeRecord, *, losses: Iterable[float], l
             (folder / "spike.json").write_text(text + "\n")
 
 
-def roll_back(engine: Any, folder: Path, *, config: TrainingConfig, state: SATState) -> int | None:
-    """Bring parameters, optimizer, static rankings and random states to where the checkpoint
-    `folder` of this run has them; returns its iteration. Collective.
-
-    None, and nothing has changed, if it was written by other ranks or in another layout.
-    """
-    iteration = int(folder.name.removeprefix("global_step"))
-    stored = find_checkpoint(str(folder.parent), iteration=iteration, together=True)
+def find_way_back(folder: Path, *, config: TrainingConfig) -> StoredCheckpoint | str:
+    """The checkpoint `folder` of this run, or the newest complete one before it if it was damaged
+    since; or, in words, why :func:`roll_back` could take none. Collective."""
+    try:
+        stored = find_checkpoint(str(folder.parent), newest=folder, together=True)
+    except RanksStopped as error:
+        if not error.by_user:
+            raise
+        return str(error)
     if (
         stored.config.parallel != config.parallel
         or stored.run_state["world_size"] != dist.get_world_size()
     ):
-        return None
+        return f"{stored.folder} was written by other ranks"
+    return stored
+
+
+def roll_back(
+    engine: Any, stored: StoredCheckpoint, *, config: TrainingConfig, state: SATState
+) -> None:
+    """Bring parameters, optimizer, static rankings and random states to where `stored`, of
+    :func:`find_way_back`, has them. Collective."""
     whole = replace(config.checkpoint, no_load_optim=False, no_load_rng=False)
     load_checkpoint(
         engine,
@@ -53,4 +62,3 @@ def roll_back(engine: Any, folder: Path, *, config: TrainingConfig, state: SATSt
         config=replace(config, finetune=False, checkpoint=whole),
         state=state,
     )
-    return iteration

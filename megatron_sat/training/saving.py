@@ -74,6 +74,7 @@ class CheckpointSaver:
 
     Attributes:
         last_saved: the last complete checkpoint of this run, or the one that it went on from.
+        last_snapshot: the last complete one that was saved in another folder.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class CheckpointSaver:
         last_saved: Path | None = None,
     ) -> None:
         self.last_saved = last_saved
+        self.last_snapshot: Path | None = None
         self._engine = engine
         self._config = config
         self._say = say
@@ -347,6 +349,8 @@ class CheckpointSaver:
             self._failures[save.what] = 0
             if save.what == _CHECKPOINT:
                 self.last_saved = save.folder
+            else:
+                self.last_snapshot = save.folder
             self._say(f" saved {save.folder}")
             return
         if dist.get_rank() == 0:

@@ -27,7 +27,7 @@ from megatron_sat.training.checkpoint import (
     folder_name,
 )
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.initialize import ranks_agree
+from megatron_sat.training.initialize import decided_by_first_rank, ranks_agree
 from megatron_sat.training.manifest import (
     MANIFEST,
     Damage,
@@ -61,6 +61,7 @@ def find_checkpoint(
     load: str,
     *,
     iteration: int | None = None,
+    newest: Path | None = None,
     check: Callable[[StoredCheckpoint], None] | None = None,
     together: bool = False,
 ) -> StoredCheckpoint:
@@ -73,6 +74,7 @@ def find_checkpoint(
     Args:
         load: a ``--save`` folder.
         iteration: no other one will do.
+        newest: this folder of ``load`` and older ones alone.
         check: called with a checkpoint's description before its large files are read; raises
             ValueError where the run may not go on from it.
         together: all ranks call this, and each reads a share of the files. Collective.
@@ -85,6 +87,11 @@ def find_checkpoint(
     if iteration is not None:
         with _agree(f"looking for a checkpoint of {iteration}", together):
             folders = [_of_iteration(load, folders, iteration)]
+    if newest is not None:
+        with _agree(f"looking for {newest}", together):
+            if newest not in folders:
+                raise ValueError(f"--load {load}: there is no checkpoint {newest.name} any more")
+            folders = folders[folders.index(newest) :]
     passed_over: list[str] = []
     for folder in folders:
         described = _of_first_rank(functools.partial(_describe, load, folder), together)
@@ -116,17 +123,7 @@ def in_words(damage: Sequence[Damage]) -> str:
 
 
 def _of_first_rank(find: Callable[[], _T], together: bool) -> _T:
-    """The result of `find`; with several ranks the first one's, as what lies in a folder may change
-    between two looks."""
-    if not together:
-        return find()
-    found: list[Any] = [None]
-    with ranks_agree("looking for a checkpoint"):
-        if dist.get_rank() == 0:
-            found = [find()]
-    dist.broadcast_object_list(found)
-    result: _T = found[0]
-    return result
+    return decided_by_first_rank("looking for a checkpoint", find) if together else find()
 
 
 def _candidates(load: str) -> list[Path]:

@@ -116,12 +116,3 @@ def save_torch(value: Any, file: HashingFile) -> None:
         torch.save(value, file)  # type: ignore[arg-type]  # it writes and flushes, no more
     finally:
         torch.serialization.set_crc32_options(computed)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,11 +15,11 @@ from megatron.core import parallel_state
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.initialize import run
+from megatron_sat.training.initialize import RanksStopped, run
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 from megatron_sat.training.run import pretrain
-from megatron_sat.training.search import list_checkpoints
+from megatron_sat.training.search import find_checkpoint, list_checkpoints
 
 RUN = (
     "--auto-resume --train-iters 6 --lr-warmup-iters 2 --save-interval 2 --eval-interval 4 "
@@ -217,6 +217,36 @@ def test_ranks_decide_together_and_leave_behind_how_the_run_began(
     flags = "--auto-resume --load elsewhere --finetune --ckpt-step 4 --no-load-optim"
     argv = tiny_run(tiny_data, flags, save=other)
     assert run_on_ranks(what_each_rank_takes, 2, argv) == [(str(other), False, None, False)] * 2
+
+
+def what_each_rank_finds_done(argv: list[str], places: list[Path]) -> tuple[bool, str]:
+    """Whether nothing is left to do, if each rank's host has its own folder of that name; and the
+    error if rank 0 cannot look into ``--save``."""
+    from megatron_sat.training import resume
+    from megatron_sat.training.initialize import start as begin
+
+    config = resume.auto_resume(begin(argv))
+    stored = find_checkpoint(str(config.checkpoint.load), together=True)
+    place = places[dist.get_rank()]
+    with mock.patch.object(resume, "export_folder", lambda config, iteration: place):
+        done = resume.is_done(stored, config)
+    error = OSError(5, "Input/output error", "runs") if dist.get_rank() == 0 else None
+    with (
+        mock.patch.object(resume, "list_checkpoints", side_effect=error),
+        pytest.raises(RanksStopped) as end,
+    ):
+        resume.auto_resume(config)
+    return done, str(end.value)
+
+
+def test_what_only_one_host_has_is_there_if_rank_0_has_it(
+    other: Path, tmp_path: Path, tiny_data: Path
+) -> None:
+    flags = f"--auto-resume --train-iters 2 --lr-warmup-iters 0 --save-hf {tmp_path}/hf"
+    argv = tiny_run(tiny_data, flags, save=other)
+    for places, done in (([tmp_path, tmp_path / "no"], True), ([tmp_path / "no", tmp_path], False)):
+        expected = (done, "[Errno 5] Input/output error: 'runs'")
+        assert run_on_ranks(what_each_rank_finds_done, 2, argv, places) == [expected] * 2
 
 
 def test_contradictions(tmp_path: Path, tiny_data: Path) -> None:

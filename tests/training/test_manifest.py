@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -114,7 +115,7 @@ def test_links_that_leave_the_folder_are_not_followed(folder: Path, tmp_path: Pa
     (folder / "a.pt").symlink_to("moved")
     (tmp_path / "link").symlink_to(folder)
     assert verify(tmp_path / "link") == []
-    with pytest.raises(ValueError, match=r"a\.pt is not a plain file"):
+    with pytest.raises(OSError, match=r"a\.pt is not a plain file"):
         write_manifest(folder)
 
 
@@ -161,9 +162,23 @@ def test_files_that_were_hashed_as_they_were_written_are_not_read_again(folder: 
         ({"a.pt": Entry(5, "ab" * 32)}, r"a\.pt has 100000 bytes, 5 were written"),
         ({"gone.pt": entry}, r"gone\.pt was written and is not there"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(OSError, match=message):
             write_manifest(folder, known=known)
     assert read_manifest(folder) == files
+
+
+def test_files_that_another_wrote_are_on_the_disk_before_the_manifest(folder: Path) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), folder))
+        fsync(descriptor)
+
+    with mock.patch.object(os, "fsync", note):
+        write_manifest(folder, known={"a.pt": hash_file(folder / "a.pt")})
+    assert set(synced[:2]) == {"run_state.json", "deep/er/empty.bin"}
+    assert synced[2:] == [f"{MANIFEST}.tmp", "."]
 
 
 def test_ranks_share_all_files_evenly() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import shutil
 import subprocess
 import threading
@@ -18,6 +19,7 @@ from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training import saving
 from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.initialize import run
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import verify
@@ -175,6 +177,30 @@ def test_a_stop_after_a_save_that_failed_saves_again(
     else:
         assert message.startswith("the last checkpoint could not be saved: global_step2: rank 0: ")
         assert code == 74 and message.endswith(f"checkpoint is {tmp_path}/global_step1")
+
+
+def lose_bytes_after_writing(argv: list[str]) -> tuple[tuple[str, int] | None, list[str]]:
+    """A file of step 2 is shorter than what was written when it is looked at again."""
+
+    def cut(write: WriteFile, path: Path, fill: WriteFile) -> Any:
+        entry = write(path, fill)
+        if step_of(path) == 2 and path.name == RUN_STATE:
+            os.truncate(path, 10)
+        return entry
+
+    with writing(cut):
+        return export_failing(argv)
+
+
+def test_a_file_that_is_not_what_was_written_is_a_save_that_failed(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    argv = tiny_run(tiny_data, RUN + "--train-iters 4 --save-interval 2", save=tmp_path)
+    (ended, shown), _ = run_on_ranks(lose_bytes_after_writing, 2, argv)
+    assert ended is None
+    file = tmp_path / "unfinished-global_step2" / RUN_STATE
+    assert f"not saved (1 in a row), global_step2: rank 0: {file} has 10 bytes, " in shown[0]
+    assert shown[1:] == [f" saved {tmp_path}/global_step4"]
 
 
 def test_an_end_for_want_of_saves_has_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,14 @@
 """Loss spikes: what one is, what it leaves, and the way back."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
@@ -42,15 +45,18 @@ SPIKES = "--train-iters 26 --eval-iters 0 --save-interval 10 --loss-spike-thresh
 SPIKES += "--sat-omission-rate 0.3 --sat-selection static --sat-channel-multiple 16 --lr 1e-4 "
 
 
-def jump(argv: list[str], steps: tuple[int, ...]) -> list[str]:
-    """A run whose weights are thrown off before the given steps; its messages, and a sum of the
-    weights that it ends with."""
+def jump(argv: list[str], steps: tuple[int, ...], damage: tuple[Path, ...] = ()) -> list[str]:
+    """A run whose weights are thrown off before the given steps, when these files are damaged too;
+    its messages, and a sum of the weights that it ends with."""
     train_step, recorder = Trainer.train_step, Spoiler()
 
     def throw(self, batches):
         if self.iteration + 1 in steps:
             with torch.no_grad():
                 self.engine.module.output_layer.weight.mul_(-3)
+            if dist.get_rank() == 0:
+                for file in damage:
+                    os.truncate(file, 10)
         train_step(self, batches)
 
     with (
@@ -139,3 +145,44 @@ def test_rollbacks_have_an_end(tmp_path, tiny_data):
         f"after 3 rollbacks to one checkpoint; the last good checkpoint is {tmp_path}/global_step20"
     )
     assert [x["rolled_back_to"] for x in lines_of(tmp_path, "spike")] == [20, 20, 20]
+
+
+def test_a_disk_that_takes_no_snapshot_and_a_damaged_checkpoint_end_no_run(tmp_path, tiny_data):
+    (tmp_path / "spike-18").write_text("in the way")
+    flags = SPIKES + "--train-iters 20 --save-interval 5 --zero-stage 1 --rollback-on-spike"
+    damaged = (tmp_path / "global_step15" / "random_rank_00001.safetensors",)
+    argv = tiny_run(tiny_data, flags, save=tmp_path)
+    messages, _ = run_on_ranks(jump, 2, argv, steps=(18,), damage=damaged)
+    warnings = [text for text in messages if "WARNING" in text]
+    assert [text.partition(",")[0] for text in warnings] == [
+        " WARNING: spike.json not saved (1 in a row)",
+        " WARNING: snapshot not saved (1 in a row)",
+    ]
+    (said,) = [text for text in messages if "loss spike" in text]
+    assert "snapshot" not in said
+    # From the newest that is still complete.
+    assert said.endswith("; going on with the parameters of iteration 10")
+    assert warnings[0].endswith("; the last good checkpoint is " + str(damaged[0].parent))
+    (line,) = lines_of(tmp_path, "spike")
+    assert line["rolled_back_to"] == 10
+    assert (tmp_path / "latest").read_text() == "global_step20"
+
+
+def test_a_rollback_needs_a_checkpoint_that_is_complete(tmp_path, tiny_data):
+    flags = SPIKES + "--train-iters 22 --save-interval 18 --zero-stage 0 --rollback-on-spike "
+    save = tmp_path / "save"
+    run_on_ranks(jump, 1, tiny_run(tiny_data, flags, save=save), steps=())
+    shutil.rmtree(save / "global_step22")
+    # As a crash leaves it between the two renames of a checkpoint that takes its place.
+    folder = (save / "global_step18").rename(save / "replaced-global_step18")
+    for damage, expected in (
+        ((), "; going on with the parameters of iteration 18"),
+        ((folder / "run_state.json",), f"{folder} is damaged: run_state.json has 10 bytes"),
+    ):
+        argv = tiny_run(tiny_data, flags + f"--load {save}", save=tmp_path / str(len(damage)))
+        ((*messages, _),) = run_on_ranks(jump, 1, argv, steps=(20,), damage=damage)
+        (said,) = [text for text in messages if "loss spike in iteration 20" in text]
+        assert expected in said and ("; not rolled back: " in said) is bool(damage)
+        assert f"; snapshot in {tmp_path}/{len(damage)}/spike-20" in said
+        (line,) = lines_of(tmp_path / str(len(damage)), "spike")
+        assert line["rolled_back_to"] == (None if damage else 18)
