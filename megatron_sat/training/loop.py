@@ -112,7 +112,13 @@ class Trainer:
             tokens=progress.consumed_tokens,
             skipped_steps=progress.skipped_steps,
         )
-        self._saver = CheckpointSaver(engine, config, say=display.message, last_saved=last_saved)
+        self._saver = CheckpointSaver(
+            engine,
+            config,
+            say=display.message,
+            last_saved=last_saved,
+            watchdog=self._watchdog,
+        )
 
     @property
     def last_saved(self) -> Path | None:
@@ -421,10 +427,10 @@ class Trainer:
 
         RunEnded as :meth:`save`; ``last``: no other save follows.
         """
-        self._watchdog.at("waiting for a checkpoint to be written", slow=True)
         self._saver.finish(last=last)
 
     def _save_hf(self, *, last: bool) -> None:
+        self._watchdog.at("writing a Hugging Face folder", slow=True)
         every_save = self.config.checkpoint.save_hf_every_save
         with self._saver.counted("Hugging Face folder", last=last):
             with ranks_agree("planning the Hugging Face folder"):
