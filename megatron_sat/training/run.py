@@ -53,7 +53,7 @@ from megatron_sat.training.resume import (
     set_aside,
     total_samples,
 )
-from megatron_sat.training.run_file import write_run_file
+from megatron_sat.training.run_file import settings_lines, write_run_file
 from megatron_sat.training.save_lock import SaveLock
 from megatron_sat.training.search import find_checkpoint
 from megatron_sat.training.stop import Signals, Stopping
@@ -222,6 +222,7 @@ def _pretrain(
         )
     with display:
         display.message(_describe(config, state, engine, topology, stored, progress, resharding))
+        display.message("\n".join(settings_lines(config, deepspeed_config)))
         if run_file is not None:
             display.message(f" versions, places of the ranks and all settings: {run_file}")
         for line in left_behind:
