@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_sat.communication import check_equal_subsets
+from megatron_sat.exit_codes import RunEnded
 from megatron_sat.flops import ModelShape, training_flops
 from megatron_sat.state import SATState
 from megatron_sat.training.batches import Batch, Dataset, train_iterator, validation_iterator
@@ -332,7 +333,10 @@ class Trainer:
         self._watchdog.at("logging")
         norm = self._gradient_norm
         checksum = self.state.checksum()
-        check_equal_subsets(checksum, iteration=self.iteration)
+        try:
+            check_equal_subsets(checksum, iteration=self.iteration)
+        except RunEnded as error:
+            raise WrongNumbers(str(error), last_saved=self.last_saved) from error
         record = TrainRecord(
             iteration=self.iteration,
             lr=self.learning_rate.lr,
