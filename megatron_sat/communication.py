@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sat.exit_codes import ExitCode, RunEnded
+
 
 def reduce_statistic(
     total: Tensor, count: Tensor, group: dist.ProcessGroup | None
@@ -20,7 +22,7 @@ def reduce_statistic(
 
 
 def check_equal_subsets(checksum: str | None, *, iteration: int) -> None:
-    """RuntimeError on all ranks, with the values, if they do not run the same subsets. Collective.
+    """RunEnded on all ranks, with the values, if they do not run the same subsets. Collective.
 
     Ranks that left out different units would train on wrong numbers silently.
     """
@@ -28,7 +30,8 @@ def check_equal_subsets(checksum: str | None, *, iteration: int) -> None:
     dist.all_gather_object(checksums, checksum)
     for rank, other in enumerate(checksums):
         if other != checksums[0]:
-            raise RuntimeError(
+            raise RunEnded(
                 f"iteration {iteration}: the subsets of rank {rank} have checksum {other}, those "
-                f"of rank 0 {checksums[0]}; ranks must leave out the same units"
+                f"of rank 0 {checksums[0]}; ranks must leave out the same units",
+                ExitCode.WRONG_NUMBERS,
             )

@@ -17,10 +17,10 @@ class ExitCode(enum.IntEnum):
     MISTAKE = 2
     """A mistake of the user's: one line says which."""
     LOST_RANK = 69
-    """A rank died or stalled."""
+    """Another rank died, stalled, or has a fault."""
     WRONG_NUMBERS = 70
     """Too many non-finite steps in a row, too many rollbacks, parameters that are not finite, or
-    copies that differ between ranks."""
+    copies or subsets that differ between ranks."""
     SAVING_FAILED = 74
     """Checkpoints could not be written too often."""
     STOPPED = 75

@@ -26,7 +26,7 @@ class RanksStopped(RunEnded):
     """
 
     def __init__(self, message: str, *, by_user: bool, by_disk: bool = False) -> None:
-        super().__init__(message, ExitCode.MISTAKE if by_user else ExitCode.FAULT)
+        super().__init__(message, ExitCode.MISTAKE if by_user else ExitCode.LOST_RANK)
         self.by_user = by_user
         self.by_disk = by_disk
 
@@ -91,15 +91,15 @@ def decided_by_first_rank(doing: str, decide: Callable[[], _T]) -> _T:
 def run(main: Callable[[], object]) -> int:
     """Call `main` and return the exit code, an `ExitCode`.
 
-    Where all ranks end together (`RunEnded`) or the user made a mistake, rank 0 prints one line;
-    other exceptions are raised.
+    Where the run ends on all ranks (`RunEnded`) or the user made a mistake, rank 0 prints one line;
+    other exceptions are raised: the rank with a fault has its traceback.
     """
+    together = True
     try:
         main()
         return ExitCode.DONE
     except RunEnded as error:
-        if error.code == ExitCode.FAULT:
-            raise
+        together = error.code != ExitCode.LOST_RANK
         report_error(str(error), kind="stopped" if error.code == ExitCode.STOPPED else "error")
         return error.code
     except (ValueError, OSError) as error:
@@ -109,7 +109,7 @@ def run(main: Callable[[], object]) -> int:
         report_error(str(error))
         return ExitCode.MISTAKE
     finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
+        if dist.is_initialized() and together and sys.exc_info()[0] is None:
             dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees an exit
             dist.destroy_process_group()
 

@@ -40,6 +40,7 @@ from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.indexed_data import IndexedData, check_index, check_token_ids, inspect
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.tokenizer import Tokenizer
+from megatron_sat.training.watchdog import Watchdog
 
 _WHOLE = (0.0, 1.0)
 _MOST_SAMPLES = 2**31 - 1
@@ -112,18 +113,21 @@ def build_datasets(
     *,
     samples: int | None = None,
     check: Callable[[Described], None] | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Datasets:
     """Check the data, index them and open them. Every rank calls this.
 
     `samples` is the number of training samples of the whole run, `train_iters * global_batch_size`
     by default. `check` is told what the data are before anything is written, and may refuse them
-    by a ValueError.
+    by a ValueError. `watchdog` is told of each data set that is indexed.
 
     Raises ValueError (with several ranks `RanksStopped`, on all of them) that names the flag and
     the file: files that are missing, truncated or not a data set, bad blend weights, token ids
     beyond the vocabulary, fewer tokens than one sample takes, a cache folder that cannot be
     written or holds something else than arrays.
     """
+    watchdog = Watchdog() if watchdog is None else watchdog
+    watchdog.at("checking the data", slow=True)
     with ranks_agree("checking the data"):
         if samples is None:
             samples = config.train_iters * config.global_batch_size
@@ -134,10 +138,14 @@ def build_datasets(
         if check is not None:
             check(described)
         caches = {name: _cache_folder(item, config, tokenizer) for name, item in sources.items()}
-    with ranks_agree("indexing the data"):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            for name, source in sources.items():
+    for name, source in sources.items():
+        watchdog.at(f"indexing the data{name and f' of {name}'}", slow=True)
+        with ranks_agree("indexing the data"):  # of each: no collective waits for all of them
+            if not dist.is_initialized() or dist.get_rank() == 0:
                 _write_cache(source, config, tokenizer, caches[name])
+            else:
+                watchdog.waits()
+    watchdog.at("opening the data", slow=True)
     with ranks_agree("opening the data"):
         for folder in caches.values():
             if not folder.is_dir():

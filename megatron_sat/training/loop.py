@@ -88,7 +88,13 @@ class Trainer:
             tokens=progress.consumed_tokens,
             skipped_steps=progress.skipped_steps,
         )
-        self._saver = CheckpointSaver(engine, config, say=display.message, last_saved=last_saved)
+        self._saver = CheckpointSaver(
+            engine,
+            config,
+            say=display.message,
+            last_saved=last_saved,
+            watchdog=self._watchdog,
+        )
         self._numbers = Numbers(
             config,
             engine=engine,
@@ -120,7 +126,7 @@ class Trainer:
                 if end.code != ExitCode.FAULT:  # a rank with a fault of its own is gone by then
                     self._watchdog.at("waiting for a checkpoint to be written", slow=True)
                     self._saver.conclude()
-                if isinstance(end, WrongNumbers):
+                if end.code == ExitCode.WRONG_NUMBERS:
                     raise WrongNumbers(f"{end}; {self._saver.last_good}") from end
                 raise
 
@@ -360,10 +366,10 @@ class Trainer:
 
         RunEnded as :meth:`save`; ``last``: no other save follows.
         """
-        self._watchdog.at("waiting for a checkpoint to be written", slow=True)
         self._saver.finish(last=last)
 
     def _save_hf(self, *, last: bool) -> None:
+        self._watchdog.at("writing a Hugging Face folder", slow=True)
         every_save = self.config.checkpoint.save_hf_every_save
         with self._saver.counted("Hugging Face folder", last=last):
             with ranks_agree("planning the Hugging Face folder"):

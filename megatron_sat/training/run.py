@@ -54,7 +54,7 @@ from megatron_sat.training.resume import (
     set_aside,
     total_samples,
 )
-from megatron_sat.training.run_file import write_run_file
+from megatron_sat.training.run_file import settings_lines, write_run_file
 from megatron_sat.training.save_lock import SaveLock
 from megatron_sat.training.search import find_checkpoint
 from megatron_sat.training.step_flops import model_shape, step_flops
@@ -96,7 +96,8 @@ def _pretrain(
     config: TrainingConfig, stopping: Stopping, watchdog: Watchdog, lock: SaveLock
 ) -> Trainer | None:
     """`pretrain`, watched."""
-    watchdog.at("building", slow=True)
+    at = functools.partial(watchdog.at, slow=True)
+    at("checking the configuration")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     stored: StoredCheckpoint | None = None
     weights: HFWeights | None = None
@@ -125,11 +126,13 @@ def _pretrain(
             iteration=config.checkpoint.ckpt_step,
             check=functools.partial(_check_stored, config=config, resuming=resuming),
             together=True,
+            watchdog=watchdog,
         )
         if is_done(stored, config):
             if rank == 0:
                 print(f" nothing is left to do: {stored.folder} has all {config.train_iters} steps")
             return None
+    at("checking the checkpoint")
     with ranks_agree("checking the checkpoint"):
         if stored is not None:
             resharding = plan_resharding(
@@ -143,6 +146,7 @@ def _pretrain(
             iteration=stored.progress.iteration if stored is not None and resuming else 0,
             continues=continues(config),
         )
+    at("making the process groups")
     initialize(config)
     topology = Topology.gather()
     with ranks_agree("looking at the devices"):
@@ -151,18 +155,23 @@ def _pretrain(
     if stored is not None and resuming:
         check = functools.partial(check_data, stored, config)
         samples = total_samples(stored.progress, config)
-    datasets = build_datasets(config, tokenizer, samples=samples, check=check)
+    datasets = build_datasets(config, tokenizer, samples=samples, check=check, watchdog=watchdog)
 
+    at("measuring for --sat-autotune")
     tuned = autotune(config, stored if resuming else None)
     state = SATState(config.sat)
+    at("building the model")
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)
+    at("loading the weights")
     if weights is not None:
         load_weights(model, weights)
     if resharding is not None:
         resharding.load_model(model)
+    at("building the optimizer")
     engine = build_engine(model, config, deepspeed_config=deepspeed_config)
     learning_rate = LearningRate(engine.optimizer, config.optimizer)
     progress = Progress()
+    at("loading the checkpoint")
     if stored is not None:
         progress = load_checkpoint(
             engine, stored, config=config, state=state, resharding=resharding
@@ -181,6 +190,7 @@ def _pretrain(
     sinks, display = MetricsSinks([]), Display()
     run_file: Path | None = None
     left_behind: list[str] = []
+    at("opening the logs")
     with ranks_agree("opening the logs"):
         if rank == 0:
             left_behind = set_aside(stored, config)
@@ -214,6 +224,7 @@ def _pretrain(
         )
     with display:
         display.message(_describe(config, state, engine, topology, stored, progress, resharding))
+        display.message("\n".join(settings_lines(config, deepspeed_config)))
         if run_file is not None:
             display.message(f" versions, places of the ranks and all settings: {run_file}")
         for line in left_behind:
@@ -239,7 +250,7 @@ def _pretrain(
                 watchdog=watchdog,
             )
             trainer.train()
-            watchdog.at("closing the logs", slow=True)
+            at("closing the logs")
         finally:
             sinks.close()
     return trainer

@@ -51,8 +51,6 @@ def write_run_file(
         [f"run-{iteration}.json"], (f"run-{iteration}-{n}.json" for n in itertools.count(2))
     )
     path = next(path for path in map(folder.joinpath, names) if not path.exists())
-    settings = config.to_dict()
-    del settings["deepspeed_config"]  # as the user wrote it; what it became is there
     world_size = len(topology.places)
     record = {
         "format": _FORMAT,
@@ -67,8 +65,8 @@ def write_run_file(
             "selection_groups": selection_groups,
             **topology.to_dict(),
         },
-        "config": settings,
-        "deepspeed_config": _without_keys(deepspeed_config),
+        "config": _settings(config),
+        "deepspeed_config": deepspeed_config,
     }
     unfinished = folder / f".{path.name}.tmp"
     try:
@@ -84,6 +82,27 @@ def write_run_file(
             f"--save {save}: {path.name} cannot be written ({error.strerror})"
         ) from error
     return path
+
+
+def settings_lines(config: TrainingConfig, deepspeed_config: dict[str, Any]) -> list[str]:
+    """All that a run was told, defaults included, for its log: a line for each part."""
+    parts: dict[str, dict[str, Any]] = {"run": {}}
+    for name, value in _settings(config).items():
+        if isinstance(value, dict):
+            parts[name] = value
+        else:
+            parts["run"][name] = value
+    lines = [
+        f" {part}: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items())
+        for part, values in parts.items()
+    ]
+    return [*lines, f" deepspeed_config: {json.dumps(deepspeed_config)}"]
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    settings = config.to_dict()
+    del settings["deepspeed_config"]  # as the user wrote it; what it became is shown
+    return settings
 
 
 def versions() -> dict[str, str | None]:
@@ -104,13 +123,3 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def _without_keys(value: Any) -> Any:
-    """Without the secret that DeepSpeed's JSON may hold, the API key of its Comet section."""
-    if isinstance(value, dict):
-        return {
-            name: "(not shown)" if name == "api_key" else _without_keys(item)
-            for name, item in value.items()
-        }
-    return value

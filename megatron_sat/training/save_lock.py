@@ -99,8 +99,9 @@ class SaveLock:
             "process": os.getpid(),
             "SLURM job": os.environ.get("SLURM_JOB_ID"),
         }
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(holder).encode())
+        with contextlib.suppress(OSError):  # of a full disk: it is for messages alone
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(holder).encode())
         return True
 
 

@@ -41,6 +41,7 @@ from megatron_sat.training.publishing import collect, discard, publish
 from megatron_sat.training.random_state import random_state
 from megatron_sat.training.retention import remove_expired, remove_leftovers
 from megatron_sat.training.staging import HostMemory, Staging
+from megatron_sat.training.watchdog import Watchdog
 from megatron_sat.training.work import all_done, done, reports
 from megatron_sat.training.writing import HashingFile, save_torch, write_file
 
@@ -84,9 +85,11 @@ class CheckpointSaver:
         *,
         say: Callable[[str], None],
         last_saved: Path | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.last_saved = last_saved
         self.last_snapshot: Path | None = None
+        self._watchdog = Watchdog() if watchdog is None else watchdog
         self._engine = engine
         self._config = config
         self._say = say
@@ -182,9 +185,17 @@ class CheckpointSaver:
             RunEnded: as :meth:`start`; with ``last`` (nothing is saved later) after any failure.
         """
         while (save := self._save) is not None:
+            self._wait(save)
+            self._go_on(save, last=last)
+
+    def _wait(self, save: _Save) -> None:
+        """Until all ranks have done their part; where one hangs, the watchdog knows which."""
+        self._watchdog.at("waiting for a checkpoint to be written", slow=True)
+        concurrent.futures.wait([save.work], timeout=_POLL_SECONDS)
+        while not all_done(save.work):
+            if save.work.done():
+                self._watchdog.waits()
             concurrent.futures.wait([save.work], timeout=_POLL_SECONDS)
-            if all_done(save.work):
-                self._go_on(save, last=last)
 
     def conclude(self) -> None:
         """Wait for the save in flight, if there is one, since the run ends for another reason: some

@@ -38,6 +38,7 @@ from megatron_sat.training.manifest import (
     verify,
 )
 from megatron_sat.training.unpickling import fault_of_pickle
+from megatron_sat.training.watchdog import Watchdog
 
 _SLOW = 5.0  # seconds of verification that are worth a line
 _T = TypeVar("_T")
@@ -64,6 +65,7 @@ def find_checkpoint(
     newest: Path | None = None,
     check: Callable[[StoredCheckpoint], None] | None = None,
     together: bool = False,
+    watchdog: Watchdog | None = None,
 ) -> StoredCheckpoint:
     """The newest checkpoint of ``load`` that is complete, or that of ``iteration`` if it is.
 
@@ -78,11 +80,13 @@ def find_checkpoint(
         check: called with a checkpoint's description before its large files are read; raises
             ValueError where the run may not go on from it.
         together: all ranks call this, and each reads a share of the files. Collective.
+        watchdog: is told of what is read.
 
     Raises:
         ValueError: there is none, with what is wrong with each; or one that is as it was written
             cannot be used by this version. RanksStopped on all ranks if ``together``.
     """
+    watchdog = Watchdog() if watchdog is None else watchdog
     folders = _of_first_rank(lambda: _candidates(load), together)
     if iteration is not None:
         with _agree(f"looking for a checkpoint of {iteration}", together):
@@ -100,7 +104,7 @@ def find_checkpoint(
             with _agree(f"checking {folder}", together):
                 if check is not None:
                     check(stored)
-            damage = _verify(folder, described.files, together)
+            damage = _verify(folder, described.files, together, watchdog)
             if not damage:
                 for line in passed_over:
                     _say(f"warning: --load {load}: passed over: {line}")
@@ -206,15 +210,19 @@ def _describe(load: str, folder: Path) -> Described:
         raise ValueError(f"--load {load}: {error}") from error
 
 
-def _verify(folder: Path, files: Mapping[str, Entry], together: bool) -> list[Damage]:
+def _verify(
+    folder: Path, files: Mapping[str, Entry], together: bool, watchdog: Watchdog
+) -> list[Damage]:
     """What is wrong with the contents of a checkpoint's files; each rank reads its share."""
+    watchdog.at(f"verifying {folder.name}", slow=True)
     started = time.monotonic()
     if not together:
         damage = verify_contents(folder, list(files))
     else:
         with ranks_agree(f"verifying {folder}"):
             share = shares(files, dist.get_world_size())[dist.get_rank()]
-            damage = verify_contents(folder, share)
+            damage = verify_contents(folder, share, on_read=lambda _: watchdog.gets_on())
+            watchdog.waits()
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, damage)
         damage = [item for items in found for item in items]

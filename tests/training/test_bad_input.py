@@ -13,6 +13,7 @@ import sentencepiece
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_sat.exit_codes import ExitCode
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train_on_ranks, write_indexed_data
 from megatron_sat.training import run as training_run
@@ -305,24 +306,25 @@ def test_an_error_while_training_is_no_mistake_of_the_users(tiny_data):
         }
 
 
-def fault_on_the_last_rank(argv: list[str]) -> tuple[str, str]:
+def fault_on_the_last_rank(argv: list[str]) -> tuple[str, str | int]:
     def fail(*_: object, **__: object) -> None:
         raise AttributeError("no such thing")
 
     fault = mock.patch.object(training_run, "build_tokenizer", fail)
     with fault if dist.get_rank() == 1 else contextlib.nullcontext():
         try:
-            run(lambda: pretrain(argv))
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                code = run(lambda: pretrain(argv))
         except Exception as error:
-            return type(error).__name__, str(error)
-    return "", ""
+            return str(error), type(error).__name__
+    return said.getvalue(), code
 
 
-def test_a_fault_of_the_program_is_raised_on_all_ranks(tiny_data):
+def test_a_fault_of_the_program_ends_the_others_with_its_message(tiny_data):
     others, failing = run_on_ranks(fault_on_the_last_rank, 2, tiny_run(tiny_data))
     # With its own type and traceback where it happened, so that it can be found.
-    assert failing == ("AttributeError", "no such thing")
+    assert failing == ("no such thing", "AttributeError")
     assert others == (
-        "RanksStopped",
-        "rank 1 failed while checking the configuration: AttributeError: no such thing",
+        "error: rank 1 failed while checking the configuration: AttributeError: no such thing\n",
+        ExitCode.LOST_RANK,
     )

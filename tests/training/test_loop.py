@@ -10,12 +10,15 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from megatron_sat.communication import check_equal_subsets
+from megatron_sat.exit_codes import ExitCode, RunEnded
 from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.site import Site
+from megatron_sat.state import SATState
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
+from megatron_sat.training.watch import WrongNumbers
 
 # Rate 0.5 up to step 3, 0.25 in step 4, then dense; two micro-batches a step on each of two ranks.
 SAT = (
@@ -91,8 +94,9 @@ def test_ranks_that_choose_differently_stop_with_both_checksums(tiny_data):
 
 def differing_checksums() -> str:
     checksum = "0" * 16 if dist.get_rank() != 2 else None
-    with pytest.raises(RuntimeError) as failure:
+    with pytest.raises(RunEnded) as failure:
         check_equal_subsets(checksum, iteration=7)
+    assert failure.value.code == ExitCode.WRONG_NUMBERS
     check_equal_subsets("f" * 16, iteration=7)
     return str(failure.value)
 
@@ -102,6 +106,27 @@ def test_a_dense_rank_among_sparse_ones_is_found():
     assert others == [message] * 3
     assert "iteration 7" in message and "rank 2" in message
     assert "None" in message and "0" * 16 in message
+
+
+def differing_in_step_3(argv: list[str]) -> tuple[int, str]:
+    """A run whose rank 1 leaves out other units in step 3: how it ends."""
+    checksum, asked = SATState.checksum, []
+
+    def differs(self):
+        asked.append(self)  # once a step
+        return "f" * 16 if dist.get_rank() == 1 and len(asked) == 3 else checksum(self)
+
+    with mock.patch.object(SATState, "checksum", differs), pytest.raises(WrongNumbers) as end:
+        train(argv)
+    return end.value.code, str(end.value)
+
+
+def test_differing_subsets_are_wrong_numbers(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, SAT + "--save-interval 2", save=tmp_path)
+    ends = run_on_ranks(differing_in_step_3, 2, argv)
+    assert ends[0] == ends[1] and ends[0][0] == ExitCode.WRONG_NUMBERS
+    assert "iteration 3: the subsets of rank 1 have checksum ffff" in ends[0][1]
+    assert ends[0][1].endswith(f"the last good checkpoint is {tmp_path / 'global_step2'}")
 
 
 RECOMPUTATION = {

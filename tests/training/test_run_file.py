@@ -1,10 +1,13 @@
+import contextlib
 import errno
+import io
 import json
 import os
 
 import pytest
 
-from megatron_sat.testing.training import tiny_run, train_on_ranks
+from megatron_sat.testing import run_on_ranks
+from megatron_sat.testing.training import tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.run_file import write_run_file
 from megatron_sat.training.topology import Place, Topology
@@ -26,12 +29,12 @@ ALONE = Topology(
 
 @pytest.fixture
 def write(tmp_path, tiny_data):
-    def write(iteration: int = 0, deepspeed_config: dict | None = None):
+    def write(iteration: int = 0):
         return write_run_file(
             tmp_path,
             iteration=iteration,
             config=parse_args(tiny_run(tiny_data, save=tmp_path), world_size=1),
-            deepspeed_config=deepspeed_config or {"train_batch_size": 8},
+            deepspeed_config={"train_batch_size": 8},
             topology=ALONE,
             selection_groups=None,
         )
@@ -51,10 +54,28 @@ def test_starts_do_not_overwrite_each_other(write, tmp_path):
 def test_no_secret_is_written(write, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "s3cret-of-wandb")
     monkeypatch.setenv("HF_TOKEN", "s3cret-of-hf")
-    section = {"enabled": True, "api_key": "s3cret-of-comet", "project": "sat"}
-    text = write(deepspeed_config={"comet": section}).read_text()
-    assert "s3cret" not in text
-    assert json.loads(text)["deepspeed_config"]["comet"]["project"] == "sat"
+    assert "s3cret" not in write().read_text()
+
+
+def test_the_log_has_every_setting_once(tiny_data):
+    flags = "--train-iters 3 --adam-beta2 0.97 --sat-omission-rate 0.5 --sat-channel-multiple 16"
+    (output,) = run_on_ranks(said_by_a_run, 1, tiny_run(tiny_data, flags))
+    config = parse_args(tiny_run(tiny_data, flags), world_size=1).to_dict()
+    for part in ("model", "parallel", "optimizer", "data", "checkpoint", "logging", "watch", "sat"):
+        (line,) = [line for line in output if line.startswith(f" {part}: ")]
+        for name, value in config[part].items():
+            assert f" {name} {json.dumps(value)}" in line
+    (line,) = [line for line in output if line.startswith(" run: ")]
+    assert " train_iters 3, " in line and " seed 1234, " in line
+    (line,) = [line for line in output if line.startswith(" deepspeed_config: ")]
+    filled = json.loads(line.removeprefix(" deepspeed_config: "))
+    assert filled["train_batch_size"] == 8 and filled["zero_optimization"]["stage"] == 3
+
+
+def said_by_a_run(argv: list[str]) -> list[str]:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train(argv)
+    return output.getvalue().splitlines()
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(write, tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ from unittest import mock
 
 import pytest
 
+from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.processes import Processes, start_processes
-from megatron_sat.testing.training import tiny_run
+from megatron_sat.testing.training import tiny_run, train
 from megatron_sat.training.metrics import METRICS_FILE
 from megatron_sat.training.verdict import Beat, Limits
 from megatron_sat.training.watchdog import Watchdog, _RunningTime
@@ -157,6 +158,73 @@ def test_a_timeout_of_torchs_own_names_the_rank_too(tmp_path, tiny_data):
         assert ".sleep (test_watchdog.py:" in message
         assert "a collective waited too long (" in processes.output(0)
         assert "Traceback" not in processes.output(0)
+
+
+def disk_hangs_on_rank_1(*argv: str) -> int:
+    """`trainer`, of which rank 1 hangs in the first file of a checkpoint. No place may take longer
+    than five seconds."""
+    from megatron_sat.training import run, saving
+
+    write = saving.write_file
+
+    def impatient(**options):
+        return Watchdog(**(options | {"patience": 5.0}))
+
+    def hang(*args, **kwargs):
+        if os.environ["RANK"] == "1":
+            time.sleep(1000)
+        return write(*args, **kwargs)
+
+    with (
+        mock.patch.object(saving, "write_file", hang),
+        mock.patch.object(run, "Watchdog", impatient),
+    ):
+        return trainer(*argv)
+
+
+def test_a_disk_that_hangs_beside_training_is_its_ranks(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, FLAGS + "--train-iters 3 --async-save", save=tmp_path)
+    with start_processes(disk_hangs_on_rank_1, 2, *argv) as processes:
+        assert processes.wait(seconds=60) == [69, 69]
+        (message,) = errors(processes, 0)
+        assert message.startswith("error: rank 1 (") and message.endswith("; the others wait")
+        assert "at waiting for a checkpoint to be written for" in message
+
+
+def test_a_long_part_that_gets_on_is_no_stall(tmp_path):
+    with Watchdog(stall=0.3, silence=1.0, patience=0.5, folder=str(tmp_path)) as watchdog:
+        watchdog.at("verifying", slow=True)
+        for _ in range(10):
+            time.sleep(0.1)
+            watchdog.gets_on()
+        assert not (tmp_path / "stacks-rank0.txt").exists()
+        time.sleep(1.0)
+    assert (tmp_path / "stacks-rank0.txt").exists()
+
+
+def test_what_a_start_reads_and_indexes_is_told_of(tmp_path, tiny_data):
+    argv = tiny_run(tiny_data, "--train-iters 3 --lr-decay-iters 9 --auto-resume", save=tmp_path)
+    first = run_on_ranks(places_of_a_start, 2, argv)
+    argv += ["--train-iters", "4"]
+    for rank, told in enumerate(run_on_ranks(places_of_a_start, 2, argv)):
+        verified = told.index("verifying global_step3")
+        assert told[verified + 1] == "gets on" and "waits" in told[verified:]
+        indexing = told.index("indexing the data")
+        assert (told[indexing + 1] == "waits") == (rank == 1)
+        assert "indexing the data of valid" in told
+    assert "verifying global_step3" not in first[0]
+
+
+def places_of_a_start(argv: list[str]) -> list[str]:
+    """What the watchdog is told in a run."""
+    told: list[str] = []
+    with (
+        mock.patch.object(Watchdog, "at", lambda self, doing, **_: told.append(doing)),
+        mock.patch.object(Watchdog, "gets_on", lambda self: told.append("gets on")),
+        mock.patch.object(Watchdog, "waits", lambda self: told.append("waits")),
+    ):
+        train(argv)
+    return told
 
 
 def test_a_pause_is_one_whichever_thread_notices_it_first():
