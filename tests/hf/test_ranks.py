@@ -86,11 +86,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path, llama: Path) -> None:
-    one = {"per_device_train_batch_size": 8}
-    (expected,) = run_on_ranks(train, 1, llama, tmp_path, sat(), **one)
-    assert [checksum is None for checksum in expected["checksums"]] == [False] * 7 + [True] * 3
-    assert len(set(expected["checksums"])) == 8
-    evaluation = {"eval_strategy": "steps", "eval_steps": 4}
+    config = sat(total_steps=6, decay_start_step=2)  # 0.25 at step 3
+    one = {"per_device_train_batch_size": 8, "max_steps": 6}
+    (expected,) = run_on_ranks(train, 1, llama, tmp_path, config, **one)
+    assert [checksum is None for checksum in expected["checksums"]] == [False] * 3 + [True] * 3
+    assert len(set(expected["checksums"])) == 4
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2}
     for wrapper, options in {
         "DistributedDataParallel": {},
         "DeepSpeedEngine, stage 2": {"deepspeed": zero(2)},
@@ -100,7 +101,7 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path, llama: Path) -> N
             "gradient_checkpointing": True,
         },
     }.items():
-        for rank in run_on_ranks(train, 2, llama, tmp_path, sat(), **options):
+        for rank in run_on_ranks(train, 2, llama, tmp_path, config, max_steps=6, **options):
             assert rank["wrapper"] == wrapper.split(",")[0]
             assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5), wrapper
             assert rank["checksums"] == expected["checksums"], wrapper
@@ -188,7 +189,8 @@ def groups_left_after_training(folder: Path, output: Path) -> tuple[int, bool]:
             group = find_attachment(kwargs["model"]).group._group
             seen.append(group is not None and group is not dist.group.WORLD)
 
-    fine_tune(folder, sat(), output, callbacks=[Watch()])
+    config = sat(total_steps=2, decay_start_step=1, ladder_rungs=1)
+    fine_tune(folder, config, output, callbacks=[Watch()], max_steps=2)
     return len(dist.distributed_c10d._world.pg_map) - before, all(seen)
 
 
