@@ -11,6 +11,7 @@ usage: MODEL=DIR TASKS=NAME[,NAME ...] OUTPUT=DIR examples/lm_eval.sh [FLAG ...]
   OUTPUT      folder for the results
 optional:
   CKPT_STEP   iteration of the run's checkpoint (default: the latest)
+  LOAD_HF     where the run's --load-hf folder is now, if it has moved
   DTYPE       type that the model computes in (default: that of its weights)
 
 Flags go to the harness, as --num_fewshot 5 --batch_size auto --device cuda:0. It is installed by
@@ -26,11 +27,12 @@ model=$MODEL
 if [[ -e $MODEL/latest || -n ${CKPT_STEP:-} ]] || compgen -G "$MODEL/global_step*" >/dev/null; then
     model=$OUTPUT/model
     if [[ ! -e $model ]]; then
-        step=()
-        [[ -z ${CKPT_STEP:-} ]] || step=(--ckpt-step "$CKPT_STEP")
+        flags=()
+        [[ -z ${CKPT_STEP:-} ]] || flags+=(--ckpt-step "$CKPT_STEP")
+        [[ -z ${LOAD_HF:-} ]] || flags+=(--load-hf "$LOAD_HF")
         mkdir -p "$OUTPUT"
         python "$repository/tools/convert_checkpoint.py" \
-            --load "$MODEL" --save-hf "$model" ${step[@]+"${step[@]}"}
+            --load "$MODEL" --save-hf "$model" ${flags[@]+"${flags[@]}"}
     fi
 fi
 

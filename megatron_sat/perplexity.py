@@ -118,6 +118,7 @@ def evaluate_perplexity(
     batch_size: int = 8,
     dtype: Dtype | None = None,
     ckpt_step: int | None = None,
+    load_hf: str | None = None,
     trust_remote_code: bool = False,
     on_document: Callable[[str, int], None] | None = None,
 ) -> PerplexityReport:
@@ -137,6 +138,7 @@ def evaluate_perplexity(
         batch_size: windows at a time on each rank.
         dtype: of the computation; by default float32 on the CPU and the stored type on a GPU.
         ckpt_step: iteration of a run's checkpoint, by default the latest.
+        load_hf: folder that a run began with, where it is not where it was: `convert`'s `source`.
         trust_remote_code: run the code that a Hugging Face folder comes with.
         on_document: called on this rank with the domain and the bytes read since the last call.
 
@@ -147,7 +149,7 @@ def evaluate_perplexity(
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}; valid: at least 1")
         domains = _domains(files)
-    with _hugging_face_folder(model, ckpt_step, trust_remote_code) as folder:
+    with _hugging_face_folder(model, ckpt_step, load_hf, trust_remote_code) as folder:
         with ranks_agree("loading the model"):
             network, tokenizer = _load(folder, dtype, trust_remote_code)
             reference: Tokenizer = tokenizer
@@ -197,7 +199,7 @@ def _window_sizes(config: Any, context: int | None, stride: int | None) -> tuple
 
 @contextlib.contextmanager
 def _hugging_face_folder(
-    model: str, ckpt_step: int | None, trust_remote_code: bool
+    model: str, ckpt_step: int | None, load_hf: str | None, trust_remote_code: bool
 ) -> Iterator[str]:
     """The folder itself, or a run's checkpoint exported for as long as the block runs."""
     several = dist.is_initialized()
@@ -209,6 +211,8 @@ def _hugging_face_folder(
                 raise ValueError(f"--model: {model} is not a folder")
             signs = ("latest", "global_step*")
             is_run = any(any(Path(model).glob(sign)) for sign in signs) or ckpt_step is not None
+            if load_hf is not None and not is_run:
+                raise ValueError(f"--load-hf is for a run's checkpoint; --model {model} is none")
             if is_run and first:
                 # DeepSpeed and all that: only where it is needed.
                 from megatron_sat.checkpoint.convert import convert
@@ -216,11 +220,9 @@ def _hugging_face_folder(
 
                 parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="perplexity-"))
                 stored = find_checkpoint(model, iteration=ckpt_step)
-                folders = [
-                    str(
-                        convert(stored, Path(parent) / "model", trust_remote_code=trust_remote_code)
-                    )
-                ]
+                target = Path(parent) / "model"
+                convert(stored, target, source=load_hf, trust_remote_code=trust_remote_code)
+                folders = [str(target)]
         if several:
             dist.broadcast_object_list(folders)
         yield folders[0]

@@ -121,6 +121,7 @@ def test_a_run_is_exported_first(tmp_path: Path) -> None:
     assert tool.exists()
     assert run("--limit", "5", **given) == (0, [export, harness], "")
     assert run("--limit", "5", CKPT_STEP="7", **given)[1] == [f"{export} --ckpt-step 7", harness]
+    assert run("--limit", "5", LOAD_HF="m", **given)[1] == [f"{export} --load-hf m", harness]
     (output / "model").mkdir()
     assert run("--limit", "5", **given)[1] == [harness]
     (save / "latest").unlink()

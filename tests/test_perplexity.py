@@ -171,8 +171,9 @@ def test_a_run_is_evaluated_as_its_export_and_the_tool_shows_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     save, exported = tmp_path / "run", tmp_path / "exported"
-    flags = f"--load-hf {folder} --save-hf {exported} --train-iters 3 --eval-iters 0 "
-    flags += f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
+    flags = f"--load-hf {base} --save-hf {exported} --train-iters 3 --eval-iters 0 "
+    flags += f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {base}"
     argv = tiny_run(write_indexed_data(tmp_path / "numbers"), flags, save=save)
     for name in ("num-layers", "hidden-size", "num-attention-heads", "num-query-groups"):
         i = argv.index(f"--{name}")
@@ -184,7 +185,10 @@ def test_a_run_is_evaluated_as_its_export_and_the_tool_shows_it(
     train_on_ranks(argv, 2)
     output = tmp_path / "result.json"
     command = ["--data", *files, "--seq-length", "50", "--output", str(output)]
-    tool.main(["--model", str(save), *command])
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"base is gone; give the folder .* with --load-hf"):
+        tool.main(["--model", str(save), *command])
+    tool.main(["--model", str(save), "--load-hf", str(moved), *command])
     result = json.loads(output.read_text())
     expected = evaluate_perplexity(str(exported), files, context=50).to_dict()
     assert result["domains"] == expected["domains"]
@@ -215,6 +219,7 @@ def test_what_cannot_be_evaluated_is_refused(
     refused("--seq-length is 129; valid: 1 to the model's 128", context=129)
     refused("--stride is 11; valid: 1 to the window's 10", context=10, stride=11)
     refused("--batch-size is 0", batch_size=0)
+    refused(r"--load-hf is for a run's checkpoint; --model .*hf is none", load_hf=str(folder))
     refused("--model: .*absent is not a folder", model=tmp_path / "absent")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest").write_text("global_step1")

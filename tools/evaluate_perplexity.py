@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--ckpt-step", type=int, help="iteration of the run's checkpoint (default: the latest)")
     add(
+        "--load-hf",
+        metavar="DIR",
+        help="where the run's --load-hf folder is now, if it has moved",
+    )
+    add(
         "--data",
         nargs="+",
         required=True,
@@ -147,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             dtype=args.dtype,
             ckpt_step=args.ckpt_step,
+            load_hf=args.load_hf,
             trust_remote_code=args.trust_remote_code,
             on_document=on_document,
         )

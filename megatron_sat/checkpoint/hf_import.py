@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_sat.checkpoint.families import Family, dims
 from megatron_sat.checkpoint.hf_reader import Buffer, HFReader
 from megatron_sat.checkpoint.layout import Named, Piece, cut
-from megatron_sat.checkpoint.parts import copy_blocks, own_part, row_blocks
+from megatron_sat.checkpoint.parts import BLOCK_BYTES, copy_blocks, own_part, row_blocks
 from megatron_sat.training.config import ModelConfig
 
 
@@ -66,8 +66,9 @@ class HFWeights:
     def _all_blocks(self, model: torch.nn.Module, rank: int, size: int) -> Iterator["_Block"]:
         sizes = dims(self.model, padded_vocabulary=self.padded_vocabulary)
         parameters: dict[str, Any] = dict(model.named_parameters())
-        # One is read into while the other is made use of.
-        buffers = itertools.cycle((Buffer(), Buffer()))
+        # One is read into while the other is made use of. Each has its size from the beginning: one
+        # that grows leaves memory behind that the process does not give back.
+        buffers = itertools.cycle((Buffer(BLOCK_BYTES), Buffer(BLOCK_BYTES)))
         for name, named in self.family.parameters(self.model):
             parameter = parameters.pop(name)
             shape = named.layout.local_shape(sizes, rank, size)

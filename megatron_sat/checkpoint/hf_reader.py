@@ -27,10 +27,13 @@ class _Place:
 
 
 class Buffer:
-    """Memory to read into again and again; new memory costs several times the reading itself."""
+    """Memory to read into again and again; new memory costs several times the reading itself.
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+    `size` bytes are reserved; the system gives them as they are first used.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8)
 
     def take(self, size: int) -> Tensor:
         """Its first `size` bytes, uint8; what lay there is lost."""
@@ -80,35 +83,48 @@ class HFReader:
         """
         path = self._paths[name]
         if path.suffix == ".safetensors":
-            tensor = self._read_rows(name, rows, buffer)
+            tensor = self._read_values(name, rows, columns, buffer or Buffer())
         else:
             tensor = self._load_bin(path)[name][slice(*rows)]
-        if columns is not None:
-            tensor = tensor[:, slice(*columns)]
+            if columns is not None:
+                tensor = tensor[:, slice(*columns)]
         # The extremes are NaN if any value is; nothing is faster.
         if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
             raise ValueError(f"{path}: tensor {name} has values that are not finite numbers")
         return tensor
 
-    def _read_rows(self, name: str, rows: tuple[int, int], buffer: "Buffer | None") -> Tensor:
-        """Whole rows, in one piece of the file: mapped, they would come in the system's small
-        read-ahead, at a fraction of the disk's speed."""
+    def _read_values(
+        self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None, buffer: "Buffer"
+    ) -> Tensor:
+        """By plain reading: mapped, they would come in the system's small read-ahead, at a fraction
+        of the disk's speed."""
         path, place, shape = self._paths[name], self._places[name], self.shapes[name]
         row_bytes = place.dtype.itemsize * torch.Size(shape[1:]).numel()
-        size = (rows[1] - rows[0]) * row_bytes
-        memory = (buffer or Buffer()).take(size)
-        tensor = memory.view(place.dtype).view(rows[1] - rows[0], *shape[1:])
-        target = memory.numpy().data
+        count = rows[1] - rows[0]
+        span = (place.offset + rows[0] * row_bytes, count * row_bytes)
+        part = (0, row_bytes) if columns is None else [place.dtype.itemsize * c for c in columns]
+        piece = part[1] - part[0]
+        memory = buffer.take(count * piece)
+        view = memory.numpy().data
         with open(path, "rb", buffering=0) as file:
-            file.seek(place.offset + rows[0] * row_bytes)
-            while target and (count := file.readinto(target)):
-                target = target[count:]
-        if target:
+            if piece == row_bytes:
+                complete = _fill(file.fileno(), view, span[0])
+            else:
+                # Short pieces with gaps look random to the system, which then fetches page by
+                # page; the whole span comes at the disk's speed, and other ranks want the rest.
+                os.posix_fadvise(file.fileno(), *span, os.POSIX_FADV_WILLNEED)
+                first = span[0] + part[0]
+                complete = all(
+                    _fill(file.fileno(), view[n * piece : (n + 1) * piece], first + n * row_bytes)
+                    for n in range(count)
+                )
+        if not complete:
             raise ValueError(
                 f"{path} is damaged or cut short (tensor {name} ends behind its "
                 f"{os.path.getsize(path)} bytes)"
             )
-        return tensor
+        tensor = memory.view(place.dtype)
+        return tensor.view(count, *shape[1:]) if columns is None else tensor.view(count, -1)
 
     def _indexed(self) -> dict[Path, set[str] | None]:
         """The files, with the tensors that the index says each has."""
@@ -172,6 +188,14 @@ class HFReader:
             self._bin = None  # one file at a time
             self._bin = (path, _read_bin(path))
         return self._bin[1]
+
+
+def _fill(file: int, target: memoryview, offset: int) -> bool:
+    """Read `target` from `offset` on; False if the file ends before."""
+    while target and (count := os.preadv(file, [target], offset)):
+        target = target[count:]
+        offset += count
+    return not target
 
 
 def _offsets(path: Path) -> dict[str, int]:

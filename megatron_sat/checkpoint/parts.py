@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Large enough that a disk reads at full speed, small beside any model.
-_BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 16 * 2**20
+"""Of a block of float32: large enough that a disk reads at full speed, small beside any model."""
 
 
 def own_part(parameter: Any) -> tuple[Tensor, int]:
@@ -24,7 +24,7 @@ def row_blocks(first: int, last: int, *, width: int) -> Iterator[tuple[int, int]
     bounded size: first row and the row behind the last."""
     if first >= last:
         return
-    step = max(1, _BLOCK_BYTES // (4 * width))
+    step = max(1, BLOCK_BYTES // (4 * width))
     end = -(-last // width)
     for start in range(first // width, end, step):
         yield start, min(start + step, end)

@@ -58,22 +58,23 @@ def check_checkpoint(config: TrainingConfig) -> None:
 
 
 def check_paths(config: TrainingConfig, *, rank: int) -> None:
-    """The load directory exists; the save and TensorBoard directories can be written.
+    """The load directory exists; the save, export and TensorBoard directories can be written.
 
     Rank 0 makes the directories, writes a file in each and removes what it made: other checks are
     to come, and a run that is refused leaves nothing behind.
     """
-    load = config.checkpoint.load
-    if load is not None and not os.path.isdir(load):
-        raise ValueError(f"--load {load}: there is no such directory")
+    checkpoint = config.checkpoint
+    if checkpoint.load is not None and not os.path.isdir(checkpoint.load):
+        raise ValueError(f"--load {checkpoint.load}: there is no such directory")
     if rank != 0:
         return
-    places = {"--save": config.checkpoint.save, "--tensorboard-dir": config.logging.tensorboard_dir}
+    places = {"--save": checkpoint.save, "--tensorboard-dir": config.logging.tensorboard_dir}
+    if (hf := checkpoint.save_hf) is not None:  # a folder is written beside its final name
+        places["--save-hf"] = hf if checkpoint.save_hf_every_save else str(Path(hf).parent)
     for flag, path in places.items():
-        if path is None:
-            continue
         try:
-            _try_writing(Path(path))
+            if path is not None:
+                _try_writing(Path(path))
         except OSError as error:
             raise ValueError(
                 f"{flag} {path} cannot be written ({error.strerror}); give a folder that can"

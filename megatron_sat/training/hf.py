@@ -16,6 +16,7 @@ from megatron_sat.checkpoint.hf_import import HFWeights
 from megatron_sat.checkpoint.hf_reader import HFReader
 from megatron_sat.training.config import HFDtype, TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
+from megatron_sat.training.masters import fragments, stage0_masters, whole_master
 from megatron_sat.training.tokenizer import Tokenizer
 
 
@@ -134,12 +135,9 @@ def export(engine: Any, plan: HFExport) -> None:
             writer.__enter__()
             entered = True
     parameters = dict(engine.module.named_parameters())
-    masters = stage0_masters(engine)
+    masters = _Masters(engine) if plan.dtype == "float32" else None
     for name, named in plan.parameters():
-        parameter = parameters[name]
-        if plan.dtype == "float32":
-            parameter = masters.get(parameter, parameter)
-        shards = _gather(parameter, float32=plan.dtype == "float32")
+        shards = _gather(parameters[name], masters)
         if writer is None or shards is None or failure is not None:
             continue
         try:
@@ -155,34 +153,43 @@ def export(engine: Any, plan: HFExport) -> None:
             raise failure
 
 
-def stage0_masters(engine: Any) -> dict[Tensor, Tensor]:
-    """Master weights by parameter at stage 0 in bf16, where DeepSpeed does not tell them."""
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() != 0 or not hasattr(optimizer, "fp32_groups"):
-        return {}
-    return {
-        parameter: master
-        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        for parameter, master in zip(group, masters, strict=True)
-    }
+class _Masters:
+    """The master weights of an engine's parameters, whole."""
 
+    def __init__(self, engine: Any) -> None:
+        self._stage = engine.zero_optimization_stage()
+        self._stage0 = stage0_masters(engine)
+        self._parts = fragments(engine) if self._stage in (1, 2) else {}
 
-def _gather(parameter: Tensor, *, float32: bool) -> list[Tensor] | None:
-    """All tensor-parallel parts of a parameter, on rank 0 alone. Collective."""
-    # Frozen parameters have no master weights.
-    masters = float32 and parameter.requires_grad and parameter.dtype != torch.float32
-    with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], enabled=not masters):
-        own = safe_get_full_fp32_param(parameter) if masters else parameter.data
-        assert own is not None
-        if parallel_state.get_data_parallel_rank() != 0:
+    def get(self, parameter: Tensor) -> Tensor | None:
+        """That of `parameter`; None where it is its own, or has none. Collective."""
+        # Frozen parameters have no master weights.
+        if not parameter.requires_grad or parameter.dtype == torch.float32:
             return None
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        if size == 1:
-            return [own.cpu()]
-        group = parallel_state.get_tensor_model_parallel_group()
-        first = dist.get_process_group_ranks(group)[0]
-        parts = None
-        if dist.get_rank() == first:
-            parts = [torch.empty_like(own) for _ in range(size)]
-        dist.gather(own.contiguous(), parts, dst=first, group=group)
-        return None if parts is None else [part.cpu() for part in parts]
+        if self._stage == 0:
+            return self._stage0.get(parameter)
+        if self._stage == 3:
+            return safe_get_full_fp32_param(parameter)
+        group = parallel_state.get_data_parallel_group()
+        return whole_master(parameter, self._parts.get(parameter), group)
+
+
+def _gather(parameter: Tensor, masters: _Masters | None) -> list[Tensor] | None:
+    """All tensor-parallel parts of a parameter, or of its master weight, on rank 0 alone.
+    Collective."""
+    with torch.no_grad():
+        master = None if masters is None else masters.get(parameter)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=master is None):
+            own = parameter.data if master is None else master
+            if parallel_state.get_data_parallel_rank() != 0:
+                return None
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            if size == 1:
+                return [own.cpu()]
+            group = parallel_state.get_tensor_model_parallel_group()
+            first = dist.get_process_group_ranks(group)[0]
+            parts = None
+            if dist.get_rank() == first:
+                parts = [torch.empty_like(own) for _ in range(size)]
+            dist.gather(own.contiguous(), parts, dst=first, group=group)
+            return None if parts is None else [part.cpu() for part in parts]

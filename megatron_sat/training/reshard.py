@@ -25,8 +25,9 @@ from megatron_sat.importance import needs_statistic
 from megatron_sat.training.checkpoint import StoredCheckpoint, compare
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.deepspeed_config import json_value
-from megatron_sat.training.hf import stage0_masters, update_secondary_partitions
+from megatron_sat.training.hf import update_secondary_partitions
 from megatron_sat.training.initialize import ranks_agree
+from megatron_sat.training.masters import adam, fragments, stage0_masters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,6 @@ _REACHABLE: dict[str, tuple[Any, ...]] = {
 }
 # or parameters are not in memory when the model has been built.
 _FILLABLE = _REACHABLE | {"offload_param.device": ("none", "cpu")}
-# At stages 1 and 2 DeepSpeed's map of them is then wrong.
-_MAPPED: dict[str, tuple[Any, ...]] = {"round_robin_gradients": (False,)}
 
 
 class Resharding:
@@ -137,8 +136,7 @@ class Resharding:
             "",
         )
         _check_json(f"{load} was written with", stored.config, _REACHABLE, change)
-        fillable = _FILLABLE | (_MAPPED if new.zero_stage in (1, 2) else {})
-        _check_json("--deepspeed_config has", config, fillable, change)
+        _check_json("--deepspeed_config has", config, _FILLABLE, change)
         self._config = config
         self._old, self._new = old, new
         self._weights: DeepSpeedWeights | None = DeepSpeedWeights(stored)
@@ -191,6 +189,7 @@ class Resharding:
                 _start_adam(engine, self._step)
                 kinds += MOMENTS
             masters = stage0_masters(engine)
+            parts = fragments(engine) if engine.zero_optimization_stage() in (1, 2) else {}
             for name, parameter in engine.module.named_parameters():
                 if not parameter.requires_grad:
                     continue
@@ -201,9 +200,12 @@ class Resharding:
                         _, first = own_part(parameter)
                         states.fill(partition, name, shard, first=first, kind=kind)
                         _set_partition(parameter, partition, kind)
-                    elif (found := _fragment(engine, parameter, masters, kind)) is not None:
-                        target, first = found
-                        states.fill(target, name, shard, first=first, kind=kind)
+                    elif engine.zero_optimization_stage() == 0:
+                        target = _kept(engine, masters.get(parameter, parameter), kind)
+                        states.fill(target, name, shard, kind=kind)
+                    elif (part := parts.get(parameter)) is not None:
+                        target = _kept(engine, part.flat, kind).narrow(0, part.start, part.length)
+                        states.fill(target, name, shard, first=part.first, kind=kind)
         self._weights = None
 
 
@@ -230,23 +232,17 @@ def plan_resharding(
     return None if old == new else Resharding(stored, config, old=old, new=new)
 
 
-def _adam(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer within DeepSpeed's."""
-    optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return optimizer
-
-
 def _start_adam(engine: Any, step: int) -> None:
     """Adam's states as after `step` steps, with moments of zero."""
-    adam = _adam(engine)
+    stepper = adam(engine)
     for tensor in _optimized(engine):
-        on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")
+        on_device = stepper.defaults.get("fused") or stepper.defaults.get("capturable")
         count: int | Tensor = step
-        if not isinstance(adam, DeepSpeedCPUAdam):
+        if not isinstance(stepper, DeepSpeedCPUAdam):
             device = tensor.device if on_device else "cpu"
             count = torch.tensor(float(step), dtype=torch.float32, device=device)
         moments = {kind: torch.zeros_like(tensor) for kind in MOMENTS}
-        adam.state[tensor] = {"step": count, **moments}
+        stepper.state[tensor] = {"step": count, **moments}
 
 
 def _optimized(engine: Any) -> Iterator[Tensor]:
@@ -254,7 +250,7 @@ def _optimized(engine: Any) -> Iterator[Tensor]:
     if engine.zero_optimization_stage() == 3:  # which names them to Adam only in a step
         yield from engine.optimizer.fp32_partitioned_groups_flat
     else:
-        for group in _adam(engine).param_groups:
+        for group in adam(engine).param_groups:
             yield from group["params"]
 
 
@@ -265,23 +261,10 @@ def _set_partition(parameter: Tensor, value: Tensor, kind: Kind) -> None:
         safe_set_local_optimizer_state(parameter, value, kind)
 
 
-def _fragment(
-    engine: Any, parameter: Any, masters: Mapping[Tensor, Tensor], kind: Kind
-) -> tuple[Tensor, int] | None:
-    """Where this rank keeps `kind` of a parameter below stage 3, flat, and where that begins in the
-    parameter; None if it keeps none of it."""
-    state = _adam(engine).state
-    if engine.zero_optimization_stage() == 0:
-        own = masters.get(parameter, parameter)
-        whole = own.detach() if kind == "weight" else state[own][kind]
-        return whole.view(-1), 0
-    found = parameter._hp_mapping
-    if found is None:
-        return None
-    (flat,) = _adam(engine).param_groups[found.param_group_index]["params"]
-    group = flat.detach() if kind == "weight" else state[flat][kind]
-    address = found.hp_fragment_address
-    return group.narrow(0, address.start, address.numel), found.lp_fragment_address.start
+def _kept(engine: Any, tensor: Tensor, kind: Kind) -> Tensor:
+    """`kind` of a tensor that Adam steps, flat."""
+    whole = tensor.detach() if kind == "weight" else adam(engine).state[tensor][kind]
+    return whole.view(-1)
 
 
 def other_subsets(

@@ -1,5 +1,6 @@
 """Checkpoints of every ZeRO stage, read without the ranks that wrote them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,30 @@ def test_offline_is_what_the_run_itself_wrote(
     before = load_file(model / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert (trained - before).abs().max() > 1e-3
     assert (offline / "config.json").read_bytes() == (model / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_groups_dealt_out_to_the_ranks_are_exported_in_order(
+    model: Path, tiny_data: Path, tmp_path: Path, stage: int
+) -> None:
+    live, settings = tmp_path / "live", tmp_path / "round_robin.json"
+    # With gradients summed in bfloat16 stage 1 is the optimizer that deals out, too.
+    settings.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"round_robin_gradients": True},
+                "data_types": {"grad_accum_dtype": "bf16"},
+            }
+        )
+    )
+    flags = f"--zero-stage {stage} --bf16 --save-hf {live} --save-hf-dtype float32"
+    run(model, tiny_data, tmp_path / "run", f"{flags} --deepspeed_config {settings}", ranks=2)
+    offline = convert(find_checkpoint(str(tmp_path / "run")), tmp_path / "offline", dtype="float32")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (offline, live))
+    before = load_file(model / "model.safetensors")
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+        assert (tensor - before[name]).abs().max() < 0.1, name
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(0, True), (1, False), (3, False)])

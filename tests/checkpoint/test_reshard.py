@@ -84,7 +84,7 @@ def shard_of(named: Named, part: Tensor) -> Shard:
 def test_every_part_is_what_a_fresh_cut_gives(
     old_size: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "_BLOCK_BYTES", 4 * 24 * 3)  # three rows of the hidden size
+    monkeypatch.setattr(parts, "BLOCK_BYTES", 4 * 24 * 3)  # three rows of the hidden size
     parameters = dict(QWEN2.parameters(MODEL))
     stored = {
         name: parameter_parts(named, MODEL, old_size, PADDING) for name, named in parameters.items()

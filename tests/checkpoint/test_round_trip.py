@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from megatron_sat.testing.huggingface import write_model, write_tokenizer
 from megatron_sat.training.config import DataConfig
 
 
-def load_and_save(argv: list[str], *, max_shard_bytes: int | None = None) -> dict[str, int]:
-    """On all ranks. Returns how many bytes were read and the rank's share of the parameters."""
+def load_and_save(argv: list[str], *, max_shard_bytes: int | None = None) -> None:
+    """On all ranks."""
     from megatron.core import parallel_state
 
     from megatron_sat.state import SATState
@@ -39,23 +38,12 @@ def load_and_save(argv: list[str], *, max_shard_bytes: int | None = None) -> dic
     settings = build_deepspeed_config(config, world_size=torch.distributed.get_world_size())
     model = build_model(config, SATState(None), padded_vocab=padded, deepspeed_config=settings)
     weights = open_weights(config, padded_vocab=padded)
-    read_bytes = [0]
-    read = weights.reader.read
-
-    def count(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = read(*args, **kwargs)
-        read_bytes[0] += tensor.nbytes
-        return tensor
-
-    weights.reader.read = count  # type: ignore[method-assign]
     load_weights(model, weights)
     engine = build_engine(model, config, deepspeed_config=settings)
     plan = plan_export(config, padded_vocab=padded)
     if max_shard_bytes is not None:
         plan = replace(plan, max_shard_bytes=max_shard_bytes)
     export(engine, plan)
-    own = sum(getattr(p, "ds_tensor", p).nbytes for p in model.parameters())
-    return {"read": read_bytes[0], "own": own}
 
 
 def flags(folder: Path, out: Path, *, tensor_parallel: int, zero_stage: int) -> list[str]:
@@ -89,19 +77,6 @@ def test_every_file_comes_back_to_the_byte(
     for name in names:
         assert (out / name).read_bytes() == (folder / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-
-
-def test_a_rank_reads_no_more_than_it_keeps(tmp_path: Path) -> None:
-    folder = write_tokenizer(write_model(tmp_path / "in", "llama3"))
-    argv = flags(folder, tmp_path / "out", tensor_parallel=2, zero_stage=3)
-    results = run_on_ranks(load_and_save, 4, argv)
-    whole = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
-    row = 80 * 4  # a partition may begin and end within a row
-    parameters = 2 * 6 + 3
-    for result in results:
-        assert result["read"] <= result["own"] + 2 * row * parameters
-        assert result["read"] < 0.4 * whole
-    assert sum(result["read"] for result in results) >= whole
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

@@ -309,7 +309,7 @@ def test_trying_directories_leaves_nothing_behind(tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
     for save in (tmp_path / "runs" / "one", kept / "two", kept):
-        check_paths(parse(f"--save {save}"), rank=0)
+        check_paths(parse(f"--save {save} --save-hf {save}-hf"), rank=0)
     assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
 
 
@@ -320,3 +320,8 @@ def test_directories_that_cannot_be_used(tmp_path):
     file.touch()
     with pytest.raises(ValueError, match=r"--save .*file/run cannot be written"):
         check_paths(parse(f"--save {file / 'run'}"), rank=0)
+    with pytest.raises(ValueError, match=r"--save-hf .*/file cannot be written"):
+        check_paths(parse(f"--save-hf {file / 'hf'}"), rank=0)
+    every = f"--save {tmp_path} --save-hf {file / 'hf'} --save-hf-every-save"
+    with pytest.raises(ValueError, match=r"--save-hf .*/file/hf cannot be written"):
+        check_paths(parse(every), rank=0)

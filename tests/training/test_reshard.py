@@ -318,17 +318,20 @@ def test_states_move_to_the_cpu_and_back(tmp_path: Path, tiny_data: Path, stage:
         assert difference(training(metrics(save)), reference[first:]) < 1e-4
 
 
+@pytest.mark.parametrize("dealt", ["first", "on"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_groups_dealt_out_to_the_ranks_come_back_in_order(
-    tmp_path: Path, tiny_data: Path, stage: int
+def test_groups_dealt_out_to_the_ranks_keep_their_order(
+    tmp_path: Path, tiny_data: Path, stage: int, dealt: str
 ) -> None:
     settings = tmp_path / "round_robin.json"
     settings.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
     flags = f"{SHORT}--train-iters 4 --save-interval 2 --zero-stage {stage} "
-    first = tmp_path / "first"
-    argv = run_flags(tiny_data, f"{flags}--deepspeed_config {settings}", save=first)
+    saves = {name: tmp_path / name for name in ("first", "on")}
+    extra = {name: f"--deepspeed_config {settings} " if name == dealt else "" for name in saves}
+    argv = run_flags(tiny_data, flags + extra["first"], save=saves["first"])
     reference = training(train_on_ranks(argv, 2), after=2)
-    on = run_flags(tiny_data, f"{flags}--load {first} --ckpt-step 2", save=tmp_path / "on")
+    there = f"{flags}{extra['on']}--load {saves['first']} --ckpt-step 2"
+    on = run_flags(tiny_data, there, save=saves["on"])
     assert difference(training(train_on_ranks(on, 2)), reference) < 1e-5
 
 

@@ -71,17 +71,12 @@ def test_states_out_of_reach_are_refused(
 
 
 def test_what_else_cannot_be_resharded_is_refused_with_both_values(
-    saved: Path, tmp_path: Path, tiny_data: Path
+    saved: Path, tiny_data: Path
 ) -> None:
     with pytest.raises(ValueError, match="vocab_size is 128 in the checkpoint and 127 in this run"):
         plan(saved, tiny_data, "--vocab-size 127")
     with pytest.raises(ValueError, match="bf16 is False in the checkpoint and True in this run"):
         plan(saved, tiny_data, "--bf16")
-    written = tmp_path / "deepspeed.json"
-    written.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
-    assert plan(saved, tiny_data, f"--deepspeed_config {written}") is not None
-    with pytest.raises(ValueError, match=r'round_robin_gradients": true; valid .*: false$'):
-        plan(saved, tiny_data, f"--zero-stage 2 --deepspeed_config {written}")
 
 
 CPU = {"device": "cpu"}
@@ -163,8 +158,8 @@ def test_another_order_within_the_groups_is_another_layout(
     written = tmp_path / "deepspeed.json"
     written.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
     dealt = f"--zero-stage {stage} --deepspeed_config {written}"
-    with pytest.raises(ValueError, match=r'round_robin_gradients": true; valid .*: false$'):
-        plan(saved, tiny_data, dealt, world_size=2)
+    on = plan(saved, tiny_data, dealt, world_size=2)
+    assert on is not None and on.describe().endswith(f"(ZeRO {stage}, round robin)")
     save = rewritten(shutil.copytree(saved, tmp_path / "run"), {"round_robin_gradients": True})
     on = plan(save, tiny_data, "--zero-stage 1", world_size=2)
     assert on is not None and on.keeps_ranks

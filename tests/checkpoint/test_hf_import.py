@@ -1,0 +1,93 @@
+"""What a rank reads of a folder, and what it holds while it does, as the system counts them."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sat.testing import run_on_ranks
+from megatron_sat.testing.huggingface import build_model, write_tokenizer
+
+# Embedding and output have 30 MiB each, far more than the blocks that are read at once; attention's
+# inner size is 384, so that rows of row-parallel weights are not those of the others.
+CHANGES = {"vocab_size": 65536, "hidden_size": 240, "intermediate_size": 704, "head_dim": 64}
+LARGEST = 65536 * 240 * 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "hf"
+    build_model("llama3", changes=CHANGES).bfloat16().save_pretrained(path)
+    return write_tokenizer(path)
+
+
+def bytes_read() -> int:
+    """By this process so far, whatever call it used."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def load(argv: list[str]) -> dict[str, int]:
+    """On all ranks. Bytes that were read, bytes of the rank's parameters, and bytes that were held
+    beside them."""
+    from megatron.core import parallel_state
+
+    from megatron_sat.state import SATState
+    from megatron_sat.training.arguments import parse_args
+    from megatron_sat.training.deepspeed_config import build_deepspeed_config
+    from megatron_sat.training.hf import load_weights, open_weights
+    from megatron_sat.training.initialize import initialize
+    from megatron_sat.training.model import build_model
+
+    parallel_state.destroy_model_parallel()
+    config = parse_args(argv)
+    initialize(config)
+    settings = build_deepspeed_config(config, world_size=torch.distributed.get_world_size())
+    model = build_model(config, SATState(None), padded_vocab=65536, deepspeed_config=settings)
+    weights = open_weights(config, padded_vocab=65536)
+    own = sum(getattr(p, "ds_tensor", p).nbytes for p in model.parameters())
+    for parameter in model.parameters():
+        getattr(parameter, "ds_tensor", parameter).data.zero_()  # takes its memory now
+    held, stop, before = [0], threading.Event(), resident()
+
+    def watch() -> None:
+        while not stop.wait(0.001):
+            held[0] = max(held[0], resident() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    load_weights(model, weights)
+    stop.set()
+    watcher.join()
+    before = bytes_read()
+    load_weights(model, weights)
+    read = bytes_read() - before
+    return {"read": read, "own": own, "held": held[0]}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor_parallel", "zero_stage"), [(4, 2, 3), (2, 2, 0), (1, 1, 3)]
+)
+def test_a_rank_reads_and_holds_no_more_than_it_keeps(
+    folder: Path, ranks: int, tensor_parallel: int, zero_stage: int
+) -> None:
+    argv = (
+        f"--load-hf {folder} --seq-length 32 --train-data-path none --micro-batch-size 1 "
+        f"--train-iters 1 --lr 0.1 --bf16 --tensor-model-parallel-size {tensor_parallel} "
+        f"--zero-stage {zero_stage}"
+    ).split()
+    results = run_on_ranks(load, ranks, argv)
+    whole = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    row, parameters = 704 * 2, 2 * 6 + 3
+    for result in results:
+        # A partition may begin and end within a row.
+        assert result["read"] <= result["own"] + 2 * row * parameters
+        assert result["held"] < LARGEST
+    assert sum(result["read"] for result in results) >= whole
