@@ -36,6 +36,7 @@ from megatron_sat.finetuning.methods import (
 )
 from megatron_sat.finetuning.packing import PackCollator, Packs
 from megatron_sat.finetuning.records import Examples, load_examples
+from megatron_sat.hf.sharding import uses_deepspeed, uses_fsdp
 from megatron_sat.stopping import RanksStopped, ranks_agree
 
 logger = logging.getLogger(__name__)
@@ -260,18 +261,17 @@ def _check_arguments(args: TrainingArguments, own: FinetuneArguments) -> None:
             f"one process would share {args.n_gpu} GPUs (DataParallel): launch with torchrun or "
             "deepspeed, one process a GPU"
         )
-    if own.method == "spiel" and (args.deepspeed or args.fsdp or args.fp16):
+    if own.method == "spiel" and (uses_deepspeed(args) or uses_fsdp(args) or args.fp16):
         raise ValueError(
-            "--method spiel: valid on one GPU or with torchrun, without --deepspeed, --fsdp and "
-            "--fp16"
+            "--method spiel: valid on one GPU or with torchrun, without DeepSpeed, FSDP and --fp16"
         )
-    zero = getattr(args, "hf_deepspeed_config", None)
-    if zero is not None and zero.is_zero3():
+    if uses_deepspeed(args):
+        zero = args.deepspeed_plugin.hf_ds_config
         gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-        if not zero.get_value(gathers):
+        if zero.is_zero3() and not zero.get_value(gathers):
+            given = f"--deepspeed {args.deepspeed}" if args.deepspeed else "accelerate's DeepSpeed"
             raise ValueError(
-                f"--deepspeed {args.deepspeed}: {gathers} must be true, or there is no model to "
-                "save at the end"
+                f"{given}: {gathers} must be true, or there is no model to save at the end"
             )
 
 

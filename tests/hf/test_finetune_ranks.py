@@ -1,8 +1,10 @@
 """`finetune_sat.py` on two ranks: DistributedDataParallel and ZeRO-3."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -82,6 +84,38 @@ def test_ranks_stop_together(tmp_path: Path, model: Path, data: Path) -> None:
         run_on_ranks(with_a_file_that_rank_1_lacks, 2, model, data, tmp_path)
     assert error.value.rank == 0
     assert "RanksStopped" in error.value.details
+
+
+def with_accelerate_launch(
+    model: Path, data: Path, output: Path, flags: list[str], environment: dict[str, str]
+) -> None:
+    with mock.patch.dict(os.environ, environment):
+        fine_tune_command(model, data, output, flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (
+            ["--method", "full"],
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "accelerate's DeepSpeed: zero",
+        ),
+        (["--method", "spiel"], {"ACCELERATE_USE_DEEPSPEED": "true"}, "valid on one GPU or with"),
+        (["--method", "spiel"], {"ACCELERATE_USE_FSDP": "true"}, "valid on one GPU or with"),
+    ],
+)
+def test_what_only_the_launcher_says_is_refused_as_well(
+    tmp_path: Path,
+    model: Path,
+    data: Path,
+    flags: list[str],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
+    with pytest.raises(RankError, match=message):
+        run_on_ranks(with_accelerate_launch, 1, model, data, tmp_path, flags, environment)
 
 
 def test_zero_3_that_would_save_nothing_is_refused(tmp_path: Path, model: Path, data: Path) -> None:
