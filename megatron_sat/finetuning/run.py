@@ -1,5 +1,6 @@
 """A fine-tuning run from its command line to the tuned folder: what can be wrong is found first."""
 
+import contextlib
 import logging
 import math
 import os
@@ -73,11 +74,7 @@ def finetune(argv: Sequence[str] | None = None) -> Trainer:
         steps = total_steps(args, len(train))
         sat = command.sat_config(steps)
         check_model(skeleton, own, sat)
-    try:
-        model = load_model(own)
-    except (OSError, ValueError) as error:  # of files that all ranks read
-        message = f"--model_name_or_path {own.model_folder}: {error}"
-        raise RanksStopped(message, by_user=True) from error
+    model = _model(own, args)
     use_cache = model.config.use_cache  # which the Trainer changes
     transformers.set_seed(args.seed)  # of adapters that begin at random
     model, callbacks = apply_method(model, own, sat, recompute=args.gradient_checkpointing)
@@ -97,8 +94,8 @@ def finetune(argv: Sequence[str] | None = None) -> Trainer:
     except (TypeError, ValueError) as error:
         if began.value:
             raise
-        # Of what is checked as training begins, from which all ranks learn the same.
-        raise RanksStopped(str(error), by_user=True) from error
+        # Of what is checked as training begins; ranks may have met before it and not since.
+        raise RanksStopped(str(error), by_user=True, alone=True) from error
     if evaluation is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     model.config.use_cache = use_cache
@@ -214,6 +211,20 @@ def _skeleton(own: FinetuneArguments) -> Any:
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"--model_name_or_path {own.model_folder}: {error}") from error
+
+
+def _model(own: FinetuneArguments, args: TrainingArguments) -> Any:
+    """The model with its weights. All ranks fail if one does, but for ZeRO-3: there they load
+    together, and one that cannot go on has no way to ask the others."""
+    zero_3 = uses_deepspeed(args) and args.deepspeed_plugin.hf_ds_config.is_zero3()
+    with contextlib.nullcontext() if zero_3 else ranks_agree("loading the model"):
+        try:
+            return load_model(own)
+        except (OSError, ValueError) as error:
+            message = f"--model_name_or_path {own.model_folder}: {error}"
+            if zero_3:
+                raise RanksStopped(message, by_user=True, alone=True) from error
+            raise ValueError(message) from error
 
 
 def _max_length(own: FinetuneArguments, config: Any, tokenizer: Any) -> int:
