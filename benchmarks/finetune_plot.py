@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from megatron_sat.plot import save_png
 
@@ -19,20 +19,34 @@ _COLOURS = {
 }
 
 
-def draw(
-    rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], path: Path, *, title: str
-) -> None:
-    """A panel for each column of ``panels``, to its title; a bar for each method, the mean of its
-    rows, and a mark for each row where there are several."""
-    figure = Figure(figsize=(3.4 * len(panels), 3.6), dpi=150, layout="constrained")
+class Part(NamedTuple):
+    """Lines of a table, and how they are drawn."""
+
+    rows: Sequence[Mapping[str, Any]]
+    panels: Mapping[str, str]
+    """A panel for each of these columns, to its title."""
+    title: str
+
+
+def draw(parts: Sequence[Part], path: Path) -> None:
+    """A row of panels for each part; in a panel a bar for each method, the mean of its lines, and a
+    mark for each line where there are several."""
+    width = 3.4 * max(len(part.panels) for part in parts)
+    figure = Figure(figsize=(width, 3.6 * len(parts)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    for part, inner in zip(parts, figure.subfigures(len(parts), squeeze=False)[:, 0], strict=True):
+        inner.suptitle(part.title)
+        _draw_part(part, inner)
+    save_png(figure, path)
+
+
+def _draw_part(part: Part, figure: SubFigure) -> None:
     for axes, (column, name) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        figure.subplots(1, len(part.panels), squeeze=False)[0], part.panels.items(), strict=True
     ):
         values: dict[str, list[float]] = {}
-        for row in rows:
-            if row[column] != "":
+        for row in part.rows:
+            if row.get(column, "") != "":
                 values.setdefault(str(row["method"]), []).append(float(row[column]))
         for method, found in values.items():
             mean = sum(found) / len(found)
@@ -49,4 +63,3 @@ def draw(
         axes.set_title(name, fontsize=10)
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    save_png(figure, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import finetune_task as task
 import torch
+from finetune_settings import settings
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,6 +15,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from megatron_sat.finetuning.arguments import parse
 from megatron_sat.finetuning.run import finetune
 from megatron_sat.stopping import RanksStopped
 
@@ -52,8 +54,7 @@ def measure(
                 row(method, output / "tuned", held_out, tasks, name, steps=steps, seed=seed)
                 | figures
             )
-    columns = dict.fromkeys(column for line in rows for column in line)
-    return [{column: line.get(column, "") for column in columns} for line in rows]
+    return [line | {"letters": letters} for line in rows]
 
 
 def row(
@@ -61,6 +62,7 @@ def row(
 ) -> dict[str, object]:
     """What a model answers."""
     return {
+        "measured": "quality",
         "method": method,
         "seed": seed,
         "steps": steps,
@@ -94,9 +96,10 @@ def tune(
     losses = [line["loss"] for line in history if "loss" in line]
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else ""
     return {
+        **settings(parse(flags)),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds),
-        "peak_gib": peak,
+        "run_peak_gib": peak,
         "training_loss": round(losses[-1], 4),
         "held_out_loss": round(
             [line["eval_loss"] for line in history if "eval_loss" in line][-1], 4

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from finetune_settings import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_sat.finetuning.arguments import parse
@@ -58,20 +59,22 @@ class Runner:
     model: Any
     optimizer: torch.optim.Optimizer
     callback: SpielCallback | None
+    settings: dict[str, object]
     steps: int = 0
     static_gib: float = 0.0
     peak_gib: float = 0.0
     loss: float = 0.0
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
-        """An optimizer step, as the Trainer takes it without mixed precision."""
+        """An optimizer step, as the Trainer takes it."""
         told = {"model": self.model, "optimizer": self.optimizer}
         state = SimpleNamespace(global_step=self.steps, max_steps=_MANY)
         if self.method == "sat":
             find_attachment(self.model).state.begin_step(self.steps + 1)  # type: ignore[union-attr]
         if self.callback is not None:
             self.callback.on_step_begin(None, state, None, **told)  # type: ignore[arg-type]
-        loss = self.model(**batch, use_cache=False).loss
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bool(self.settings["autocast"])):
+            loss = self.model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(
             (p for p in self.model.parameters() if p.grad is not None), 1.0
@@ -96,12 +99,17 @@ def measure(
     turns: int,
     run: int,
     recompute: bool,
+    dtype: str,
 ) -> list[dict[str, object]]:
-    """One line for each method that can run; they take turns of ``run`` steps."""
+    """One line for each method that can run; they take turns of ``run`` steps.
+
+    ``dtype``: of the weights. float32 ones are computed with under autocast, as by the command's
+    ``--bf16``, bfloat16 ones as they are.
+    """
     runners = []
     for method in methods:
         try:
-            runners.append(make_runner(method, shape, length, recompute))
+            runners.append(make_runner(method, shape, length, recompute, dtype))
         except ValueError as error:
             print(f"{method}: left out: {error}", flush=True)
     generator = torch.Generator().manual_seed(1)
@@ -119,6 +127,7 @@ def measure(
                 seconds[runner.method].append(taken)
             print(f"turn {turn}: {runner.method} {taken * 1e3:.1f} ms a step", flush=True)
     medians = {method: statistics.median(values) for method, values in seconds.items()}
+    peaks = {runner.method: runner.peak_gib for runner in runners}
     parameters = sum(p.numel() for p in skeleton(shape, length).parameters())
     rows: list[dict[str, object]] = []
     for runner in runners:
@@ -127,9 +136,14 @@ def measure(
         # The paper's T is twice its eta: half of SAT's steps are those of full fine-tuning.
         sparse = 0.5 if runner.method == "sat" else 1.0
         whole = None if ratio is None else 1 / (sparse / ratio + 1 - sparse)
+        run_peak: float | None = runner.peak_gib
+        if runner.method == "sat":
+            run_peak = max(peaks["full"], runner.peak_gib) if "full" in peaks else None
         rows.append(
             {
+                "measured": "speed",
                 "method": runner.method,
+                **runner.settings,
                 "shape": shape,
                 "parameters": parameters,
                 "batch": batch,
@@ -140,6 +154,7 @@ def measure(
                 "ratio_to_full": "" if ratio is None else round(ratio, 3),
                 "whole_run_ratio": "" if whole is None else round(whole, 3),
                 "peak_gib": round(runner.peak_gib, 2),
+                "run_peak_gib": "" if run_peak is None else round(run_peak, 2),
                 "training_loss": round(runner.loss, 4),
             }
         )
@@ -166,10 +181,11 @@ def timed_turn(runner: Runner, data: dict[str, torch.Tensor], run: int) -> float
     return taken
 
 
-def make_runner(method: str, shape: str, length: int, recompute: bool) -> Runner:
-    """A method on a model of its own, in bfloat16; ValueError where it cannot run."""
+def make_runner(method: str, shape: str, length: int, recompute: bool, dtype: str) -> Runner:
+    """A method, by the command's defaults, on a model of its own; ValueError where it cannot
+    run."""
     flags = ["--model_name_or_path", shape, "--train_file", "-", "--output_dir", "-"]
-    flags += ["--method", method]
+    flags += ["--method", method, "--dtype", dtype, "--bf16", str(dtype == "float32")]
     if method == "sat":
         flags += ["--sat-omission-rate", str(RATE)]
     command = parse(flags)
@@ -180,7 +196,7 @@ def make_runner(method: str, shape: str, length: int, recompute: bool) -> Runner
     before = torch.cuda.memory_allocated()
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = LlamaForCausalLM._from_config(config(shape, length), dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(config(shape, length), dtype=getattr(torch, dtype))
     if recompute:
         model.gradient_checkpointing_enable()
     model, callbacks = apply_method(model.train(), command.own, sat, recompute=recompute)
@@ -193,7 +209,7 @@ def make_runner(method: str, shape: str, length: int, recompute: bool) -> Runner
     )
     callback = next((c for c in callbacks if isinstance(c, SpielCallback)), None)
     static = (torch.cuda.memory_allocated() - before) / 2**30
-    return Runner(method, model, optimizer, callback, static_gib=static)
+    return Runner(method, model, optimizer, callback, settings(command), static_gib=static)
 
 
 def config(shape: str, length: int) -> LlamaConfig:

@@ -22,13 +22,17 @@ class RanksStopped(RunEnded):
     """Raised on all ranks when at least one of them failed in `ranks_agree`.
 
     `by_user` tells a mistake of the user's (ValueError, OSError) from a fault of the program,
-    `by_disk` an OSError from the rest.
+    `by_disk` an OSError from the rest. `alone`: raised outside of `ranks_agree`, where others may
+    be in a collective and not know of it.
     """
 
-    def __init__(self, message: str, *, by_user: bool, by_disk: bool = False) -> None:
+    def __init__(
+        self, message: str, *, by_user: bool, by_disk: bool = False, alone: bool = False
+    ) -> None:
         super().__init__(message, ExitCode.MISTAKE if by_user else ExitCode.LOST_RANK)
         self.by_user = by_user
         self.by_disk = by_disk
+        self.alone = alone
 
 
 @contextlib.contextmanager
@@ -91,16 +95,19 @@ def decided_by_first_rank(doing: str, decide: Callable[[], _T]) -> _T:
 def run(main: Callable[[], object]) -> int:
     """Call `main` and return the exit code, an `ExitCode`.
 
-    Where the run ends on all ranks (`RunEnded`) or the user made a mistake, rank 0 prints one line;
-    other exceptions are raised: the rank with a fault has its traceback.
+    Where all ranks end together (`RunEnded`) or the user made a mistake, rank 0 prints one line,
+    and a rank that ends alone its own; other exceptions are raised: the rank with a fault has its
+    traceback.
     """
-    together = True
+    alone = False
     try:
         main()
         return ExitCode.DONE
     except RunEnded as error:
-        together = error.code != ExitCode.LOST_RANK
-        report_error(str(error), kind="stopped" if error.code == ExitCode.STOPPED else "error")
+        by_all = isinstance(error, RanksStopped) and error.alone
+        alone = by_all or error.code == ExitCode.LOST_RANK
+        kind = "stopped" if error.code == ExitCode.STOPPED else "error"
+        report_error(str(error), kind=kind, by_all=by_all)
         return error.code
     except (ValueError, OSError) as error:
         if dist.is_initialized():
@@ -109,7 +116,7 @@ def run(main: Callable[[], object]) -> int:
         report_error(str(error))
         return ExitCode.MISTAKE
     finally:
-        if dist.is_initialized() and together and sys.exc_info()[0] is None:
+        if dist.is_initialized() and not alone and sys.exc_info()[0] is None:
             dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees an exit
             dist.destroy_process_group()
 

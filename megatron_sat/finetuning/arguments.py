@@ -5,10 +5,11 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -192,6 +193,8 @@ def parse(argv: Sequence[str] | None = None) -> CommandLine:
     sat = argparse.Namespace(**{n: v for n, v in values.items() if n.startswith("sat_")})
     if not training["output_dir"]:
         raise ValueError("--output_dir is required: the folder for checkpoints and the result")
+    # As TrainingArguments do: the result is to be beside the checkpoints.
+    training["output_dir"] = os.path.expanduser(training["output_dir"])
     if own.max_length is not None and own.max_length < 2:
         raise ValueError(f"--max_length is {own.max_length}; valid: at least 2")
     _settle_methods_flags(own, sat)
@@ -253,6 +256,3 @@ def _settle_methods_flags(own: FinetuneArguments, sat: argparse.Namespace) -> No
                     setattr(own, name, default)
             elif getattr(own, name) is not None:
                 raise ValueError(f"--{name}: without effect with --method {own.method}")
-
-
-METHODS: tuple[str, ...] = get_args(Method)

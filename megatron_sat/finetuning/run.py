@@ -1,5 +1,6 @@
 """A fine-tuning run from its command line to the tuned folder: what can be wrong is found first."""
 
+import contextlib
 import logging
 import math
 import os
@@ -36,6 +37,7 @@ from megatron_sat.finetuning.methods import (
 )
 from megatron_sat.finetuning.packing import PackCollator, Packs
 from megatron_sat.finetuning.records import Examples, load_examples
+from megatron_sat.hf.sharding import uses_deepspeed, uses_fsdp
 from megatron_sat.stopping import RanksStopped, ranks_agree
 
 logger = logging.getLogger(__name__)
@@ -72,11 +74,7 @@ def finetune(argv: Sequence[str] | None = None) -> Trainer:
         steps = total_steps(args, len(train))
         sat = command.sat_config(steps)
         check_model(skeleton, own, sat)
-    try:
-        model = load_model(own)
-    except (OSError, ValueError) as error:  # of files that all ranks read
-        message = f"--model_name_or_path {own.model_folder}: {error}"
-        raise RanksStopped(message, by_user=True) from error
+    model = _model(own, args)
     use_cache = model.config.use_cache  # which the Trainer changes
     transformers.set_seed(args.seed)  # of adapters that begin at random
     model, callbacks = apply_method(model, own, sat, recompute=args.gradient_checkpointing)
@@ -96,8 +94,8 @@ def finetune(argv: Sequence[str] | None = None) -> Trainer:
     except (TypeError, ValueError) as error:
         if began.value:
             raise
-        # Of what is checked as training begins, from which all ranks learn the same.
-        raise RanksStopped(str(error), by_user=True) from error
+        # Of what is checked as training begins; ranks may have met before it and not since.
+        raise RanksStopped(str(error), by_user=True, alone=True) from error
     if evaluation is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     model.config.use_cache = use_cache
@@ -215,6 +213,20 @@ def _skeleton(own: FinetuneArguments) -> Any:
         raise ValueError(f"--model_name_or_path {own.model_folder}: {error}") from error
 
 
+def _model(own: FinetuneArguments, args: TrainingArguments) -> Any:
+    """The model with its weights. All ranks fail if one does, but for ZeRO-3: there they load
+    together, and one that cannot go on has no way to ask the others."""
+    zero_3 = uses_deepspeed(args) and args.deepspeed_plugin.hf_ds_config.is_zero3()
+    with contextlib.nullcontext() if zero_3 else ranks_agree("loading the model"):
+        try:
+            return load_model(own)
+        except (OSError, ValueError) as error:
+            message = f"--model_name_or_path {own.model_folder}: {error}"
+            if zero_3:
+                raise RanksStopped(message, by_user=True, alone=True) from error
+            raise ValueError(message) from error
+
+
 def _max_length(own: FinetuneArguments, config: Any, tokenizer: Any) -> int:
     """Tokens that a record may have; ValueError for more than the model's context."""
     if len(tokenizer) > config.vocab_size:
@@ -260,18 +272,17 @@ def _check_arguments(args: TrainingArguments, own: FinetuneArguments) -> None:
             f"one process would share {args.n_gpu} GPUs (DataParallel): launch with torchrun or "
             "deepspeed, one process a GPU"
         )
-    if own.method == "spiel" and (args.deepspeed or args.fsdp or args.fp16):
+    if own.method == "spiel" and (uses_deepspeed(args) or uses_fsdp(args) or args.fp16):
         raise ValueError(
-            "--method spiel: valid on one GPU or with torchrun, without --deepspeed, --fsdp and "
-            "--fp16"
+            "--method spiel: valid on one GPU or with torchrun, without DeepSpeed, FSDP and --fp16"
         )
-    zero = getattr(args, "hf_deepspeed_config", None)
-    if zero is not None and zero.is_zero3():
+    if uses_deepspeed(args):
+        zero = args.deepspeed_plugin.hf_ds_config
         gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-        if not zero.get_value(gathers):
+        if zero.is_zero3() and not zero.get_value(gathers):
+            given = f"--deepspeed {args.deepspeed}" if args.deepspeed else "accelerate's DeepSpeed"
             raise ValueError(
-                f"--deepspeed {args.deepspeed}: {gathers} must be true, or there is no model to "
-                "save at the end"
+                f"{given}: {gathers} must be true, or there is no model to save at the end"
             )
 
 

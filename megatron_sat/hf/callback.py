@@ -18,6 +18,7 @@ from megatron_sat.communication import check_equal_subsets
 from megatron_sat.config import SATConfig
 from megatron_sat.hf.attach import Attachment, disable_sat, enable_sat, find_attachment
 from megatron_sat.hf.families import find_base_model
+from megatron_sat.hf.sharding import uses_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +169,8 @@ def _check_arguments(args: TrainingArguments) -> None:
             f"the Trainer would share the batch among {args.n_gpu} GPUs in one process "
             "(DataParallel), which SAT does not support: launch with torchrun, one process a GPU"
         )
-    if args.fsdp:
-        raise ValueError(
-            f"fsdp={args.fsdp} is not supported by SAT; use DeepSpeed ZeRO, or neither of them"
-        )
+    if uses_fsdp(args):
+        raise ValueError("FSDP is not supported by SAT; use DeepSpeed ZeRO, or neither of them")
 
 
 def _check_total_steps(config: SATConfig, max_steps: int) -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from megatron_sat.hf.sharding import uses_deepspeed, uses_fsdp
 from megatron_sat.hf.spiel import SpielConfig, SpielLinear, spiel_linears
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,21 @@ class SpielCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """ValueError for ways to train in which positions cannot move."""
-        if args.deepspeed or args.fsdp:
+        """ValueError for ways to train, and optimizers, in which positions cannot move."""
+        if uses_deepspeed(args) or uses_fsdp(args):
             raise ValueError("SpIEL's deltas cannot move under DeepSpeed or FSDP: train without")
         if args.fp16:
             raise ValueError("SpIEL does not support fp16; use bf16")
         if not any(True for _ in spiel_linears(kwargs["model"])):
             raise ValueError("the model has no deltas: call enable_spiel first")
+        optimizer = kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper
+        if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+            raise ValueError(
+                f"SpIEL sets the moments of deltas that grow, which {type(optimizer).__name__} "
+                "does not have as torch's Adam has them; use --optim adamw_torch or "
+                "adamw_torch_fused"
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,9 +137,7 @@ def replace(linear: SpielLinear, count: int) -> Replaced:
 
 def _seed_moments(optimizer: Any, linear: SpielLinear, places: Replaced, steps: int) -> None:
     """Adam's moments of deltas that grew: so that, corrected for bias, they are the means."""
-    state = optimizer.state.get(linear.delta_values, {})
-    if "exp_avg" not in state or "exp_avg_sq" not in state:
-        return
+    state = optimizer.state[linear.delta_values]
     group = next(
         g for g in optimizer.param_groups if any(p is linear.delta_values for p in g["params"])
     )

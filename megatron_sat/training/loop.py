@@ -123,7 +123,7 @@ class Trainer:
             try:
                 self._train()
             except RunEnded as end:
-                if end.code != ExitCode.FAULT:  # a rank with a fault of its own is gone by then
+                if end.code != ExitCode.LOST_RANK:  # one with a fault of its own is gone by then
                     self._watchdog.at("waiting for a checkpoint to be written", slow=True)
                     self._saver.conclude()
                 if end.code == ExitCode.WRONG_NUMBERS:

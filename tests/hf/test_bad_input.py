@@ -1,6 +1,7 @@
 """What a Trainer's run refuses, or mentions, before its first step."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -87,8 +88,15 @@ def test_ways_to_train_that_are_not_supported_are_refused(tmp_path: Path) -> Non
         callbacks=[SATCallback(sat())],
     )
     trainer.args.fsdp = True
-    with pytest.raises(ValueError, match="fsdp=True is not supported by SAT"):
+    with pytest.raises(ValueError, match="FSDP is not supported by SAT"):
         trainer.train()
+    trainer.args.fsdp = None
+    with (
+        mock.patch.dict(os.environ, ACCELERATE_USE_FSDP="true"),  # as accelerate launch sets it
+        pytest.raises(ValueError, match="FSDP is not supported by SAT"),
+    ):
+        trainer.train()
+    trainer.train()
 
 
 def test_a_model_without_sat_and_another_configuration_are_refused(tmp_path: Path) -> None:

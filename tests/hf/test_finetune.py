@@ -282,3 +282,10 @@ def test_defaults_of_the_methods() -> None:
     assert spiel.training["weight_decay"] == 30.0
     full = parse([*MINIMAL, "--method", "full", "--learning_rate", "2e-5"])
     assert full.training["learning_rate"] == 2e-5
+
+
+def test_a_home_folder_is_that_of_checkpoints_and_result(monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    command = parse([*MINIMAL, "--method", "full", "--output_dir", "~/runs"])
+    assert command.tuned_folder == Path("/somewhere/runs/tuned")
+    assert command.make_training_arguments().output_dir == "/somewhere/runs"

@@ -1,5 +1,6 @@
 """benchmarks/finetune.py in small: its task can be answered, and both forms give their tables."""
 
+import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -51,40 +53,98 @@ def test_quality(tmp_path: Path, modules: Any, capsys: pytest.CaptureFixture[str
         )
     assert [row["method"] for row in rows] == ["base", "full", "sat"]
     assert "lora: left out: --method lora needs PEFT" in capsys.readouterr().out
-    assert all(row.keys() == rows[0].keys() for row in rows)
     assert rows[1]["held_out_loss"] > 0 and rows[1]["harness_accuracy"] == ""
-    finetune.print_table(rows)
-    finetune.draw(rows, finetune.QUALITY_PANELS, tmp_path / "a.png", title="small")
+    assert all(row["letters"] == 3 and row["measured"] == "quality" for row in rows)
+    assert rows[1]["weights"] == "float32" and rows[2]["omission_rate"] == 0.96
+    part = finetune.Part(rows, finetune.QUALITY_PANELS, "small")
+    finetune.print_table(finetune.one_table([part]))
+    finetune.draw([part], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_speed(modules: Any) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speed(modules: Any, dtype: str) -> None:
     """With the CPU in the place of the GPU, whose memory it counts."""
     _, _, speed, _ = modules
-    cuda = {"synchronize": None, "memory_allocated": 0, "max_memory_allocated": 2**30}
-    cuda |= {"reset_peak_memory_stats": None, "empty_cache": None}
-    patches = [mock.patch.object(torch.cuda, n, return_value=v) for n, v in cuda.items()]
-    with mock.patch.object(speed, "DEVICE", "cpu"), mock.patch.object(speed, "VOCABULARY", 200):
-        for patch in patches:
-            patch.start()
-        try:
-            rows = speed.measure(
-                ["full", "sat", "lora", "ia3", "spiel"],
-                shape="tiny",
-                batch=1,
-                length=16,
-                turns=1,
-                run=2,
-                recompute=False,
-            )
-        finally:
-            for patch in patches:
-                patch.stop()
-    assert [row["method"] for row in rows] == ["full", "sat", "lora", "ia3", "spiel"]
-    full, sat, lora, *_ = rows
+    methods = ["full", "sat", "lora", "ia3", "spiel"]
+    cuda: dict[str, Any] = dict.fromkeys(
+        ("synchronize", "reset_peak_memory_stats", "empty_cache"), mock.Mock()
+    )
+    cuda["memory_allocated"] = mock.Mock(return_value=0)
+    peaks = [3 * 2**30, 2 * 2**30, 2**30, 2**30, 2**30]  # of each method, in each of two turns
+    cuda["max_memory_allocated"] = mock.Mock(side_effect=peaks * 2)
+    computed = []
+
+    def keep(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        computed.append(logits.dtype)
+        return loss(logits, *args, **kwargs)
+
+    loss = transformers.loss.loss_utils.ForCausalLMLoss
+    with (
+        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.object(speed, "DEVICE", "cpu"),
+        mock.patch.object(speed, "VOCABULARY", 200),
+        mock.patch.dict(transformers.loss.loss_utils.LOSS_MAPPING, ForCausalLM=keep),
+    ):
+        rows = speed.measure(
+            methods,
+            shape="tiny",
+            batch=1,
+            length=16,
+            turns=1,
+            run=2,
+            recompute=False,
+            dtype=dtype,
+        )
+    assert [row["method"] for row in rows] == methods
+    # Weights in float32 are for bfloat16 arithmetic, as by the command's --bf16.
+    assert set(computed) == {torch.bfloat16}
+    assert {(row["weights"], row["autocast"]) for row in rows} == {(dtype, dtype == "float32")}
+    full, sat, lora, _, spiel = rows
     assert full["ratio_to_full"] == full["whole_run_ratio"] == 1.0
     ratio = full["step_ms"] / sat["step_ms"]
     assert sat["ratio_to_full"] == pytest.approx(ratio, rel=0.05)
     assert sat["whole_run_ratio"] == pytest.approx(2 / (1 / ratio + 1), rel=0.05)
     assert lora["whole_run_ratio"] == lora["ratio_to_full"]
-    assert all(row["peak_gib"] == 1.0 for row in rows)
+    assert [row["peak_gib"] for row in rows] == [3.0, 2.0, 1.0, 1.0, 1.0]
+    assert [row["run_peak_gib"] for row in rows] == [3.0, 3.0, 1.0, 1.0, 1.0]
+    # What it times are the command's defaults.
+    assert (sat["omission_rate"], lora["lora_rank"], spiel["density"]) == (0.96, 64, 0.025)
+    assert full["omission_rate"] == full["lora_rank"] == sat["density"] == ""
+
+
+@pytest.mark.parametrize("asked", [["--quality"], ["--speed"], ["--quality", "--speed"]])
+def test_one_call_gives_one_table(
+    tmp_path: Path, modules: Any, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune, quality, speed, _ = modules
+    found = {
+        quality: [dict.fromkeys(finetune.QUALITY_PANELS, 0.5) | {"measured": "quality"}],
+        speed: [dict.fromkeys(finetune.SPEED_PANELS, 2) | {"measured": "speed"}],
+    }
+    expected = [name.removeprefix("--") for name in asked]
+    table, picture = tmp_path / "a.csv", tmp_path / "a.png"
+    command = ["finetune.py", *asked, "--output", str(table), "--plot", str(picture)]
+    with (
+        mock.patch.object(sys, "argv", command),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "get_device_name", return_value="a GPU"),
+        mock.patch.object(quality, "measure", return_value=[{"method": "sat"} | found[quality][0]]),
+        mock.patch.object(speed, "measure", return_value=[{"method": "sat"} | found[speed][0]]),
+    ):
+        finetune.main()
+    rows = list(csv.DictReader(table.open()))
+    assert [row["measured"] for row in rows] == expected
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(asked)
+    if len(asked) == 2:
+        assert (rows[0]["held_out_accuracy"], rows[0]["step_ms"]) == ("0.5", "")
+        assert (rows[1]["held_out_accuracy"], rows[1]["step_ms"]) == ("", "2")
+    assert picture.stat().st_size > 1000
+
+
+def test_a_call_that_asks_for_nothing_is_refused(
+    modules: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.object(sys, "argv", ["finetune.py"]), pytest.raises(SystemExit):
+        modules[0].main()
+    assert "give --speed, --quality or both" in capsys.readouterr().err

@@ -1,13 +1,19 @@
 """`finetune_sat.py` on two ranks: DistributedDataParallel and ZeRO-3."""
 
+import contextlib
+import io
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_sat.stopping import RanksStopped, run
 from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.chats import SAT, fine_tune_command, write_chat_model, write_chats
 from megatron_sat.testing.finetuning import logged
@@ -82,6 +88,75 @@ def test_ranks_stop_together(tmp_path: Path, model: Path, data: Path) -> None:
         run_on_ranks(with_a_file_that_rank_1_lacks, 2, model, data, tmp_path)
     assert error.value.rank == 0
     assert "RanksStopped" in error.value.details
+
+
+def with_weights_that_rank_1_lacks(model: Path, data: Path, output: Path) -> Any:
+    import torch.distributed as dist
+
+    folder = model
+    if dist.get_rank() == 1:
+        folder = output / "no_weights"
+        shutil.copytree(model, folder)
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(RanksStopped) as stopped:
+        fine_tune_command(folder, data, output, "--method", "full")
+    return str(stopped.value), stopped.value.alone
+
+
+def test_weights_that_one_rank_lacks_stop_all(tmp_path: Path, model: Path, data: Path) -> None:
+    for message, alone in run_on_ranks(with_weights_that_rank_1_lacks, 2, model, data, tmp_path):
+        assert message.startswith(f"--model_name_or_path {tmp_path / 'no_weights'}: ")
+        assert not alone
+
+
+def that_ends_alone() -> tuple[int, str]:
+    import torch.distributed as dist
+
+    def main() -> None:
+        raise RanksStopped("what rank 1 found", by_user=True, alone=True)
+
+    printed = io.StringIO()
+    code: int = 0
+    if dist.get_rank() == 1:  # rank 0 is elsewhere
+        with contextlib.redirect_stderr(printed):
+            code = run(main)
+    return code, printed.getvalue()
+
+
+def test_a_rank_that_ends_alone_says_why_and_does_not_wait() -> None:
+    assert run_on_ranks(that_ends_alone, 2) == [(0, ""), (2, "error: what rank 1 found\n")]
+
+
+def with_accelerate_launch(
+    model: Path, data: Path, output: Path, flags: list[str], environment: dict[str, str]
+) -> None:
+    with mock.patch.dict(os.environ, environment):
+        fine_tune_command(model, data, output, flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (
+            ["--method", "full"],
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "accelerate's DeepSpeed: zero",
+        ),
+        (["--method", "spiel"], {"ACCELERATE_USE_DEEPSPEED": "true"}, "valid on one GPU or with"),
+        (["--method", "spiel"], {"ACCELERATE_USE_FSDP": "true"}, "valid on one GPU or with"),
+    ],
+)
+def test_what_only_the_launcher_says_is_refused_as_well(
+    tmp_path: Path,
+    model: Path,
+    data: Path,
+    flags: list[str],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
+    with pytest.raises(RankError, match=message):
+        run_on_ranks(with_accelerate_launch, 1, model, data, tmp_path, flags, environment)
 
 
 def test_zero_3_that_would_save_nothing_is_refused(tmp_path: Path, model: Path, data: Path) -> None:

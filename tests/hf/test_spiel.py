@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -308,4 +310,14 @@ def test_what_spiel_refuses(tmp_path: Path) -> None:
         train(model, tmp_path)
     with pytest.raises(TypeError, match="is not supported by SAT"):
         enable_spiel(torch.nn.Linear(2, 2), CONFIG)
+    enabled = copy.deepcopy(model)
+    enable_spiel(enabled, CONFIG)
+    for optimizer in ("adafactor", "sgd"):
+        with pytest.raises(ValueError, match="SpIEL sets the moments of deltas that grow, which"):
+            train(enabled, tmp_path, optim=optimizer)
+    with (
+        mock.patch.dict(os.environ, ACCELERATE_USE_FSDP="true"),
+        pytest.raises(ValueError, match="cannot move under DeepSpeed or FSDP"),
+    ):
+        train(enabled, tmp_path)
     assert not any(isinstance(module, SpielLinear) for module in model.modules())
