@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,8 @@ from megatron_sat.finetuning import run as run_module
 from megatron_sat.stopping import RanksStopped, run
 from megatron_sat.testing.chats import SAT, fine_tune_command, write_chat_model, write_chats
 from megatron_sat.testing.huggingface import write_tokenizer
-from megatron_sat.testing.processes import start_processes
 
-SCRIPT = Path(__file__).parents[2] / "finetune_sat.py"
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -153,48 +151,36 @@ def test_exit_code_2_and_one_line(
     assert lines[-1] == f"error: {absent}: cannot be read (No such file or directory)"
 
 
-def nothing_to_train_on(model: Path, folder: Path) -> list[str]:
-    """Flags, for the folder as the current one."""
-    (folder / "data.jsonl").write_text('{"prompt": "a"}\n')
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_sees_one_message_and_exit_code_2(
+    tmp_path: Path, model: Path, launcher: str
+) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
+    begin = {
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+        ],
+        "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
+    }[launcher]
     flags = f"--model_name_or_path {model} --train_file data.jsonl --output_dir out --method full"
-    return [*flags.split(), "--use_cpu"]
-
-
-def check_one_message(output: str, folder: Path) -> None:
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    expected = "error: nothing to train on is left: data.jsonl: 0 of 1 records, 0 tokens"
-    assert len(lines) == 1 and lines[0].startswith(expected), output[-2000:]
-    assert not (folder / "out").exists()
-
-
-def test_torchrun_sees_one_message_and_exit_code_2(tmp_path: Path, model: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, str(SCRIPT), *nothing_to_train_on(model, tmp_path)],
+        [*begin, str(REPOSITORY / "finetune_sat.py"), *flags.split(), "--use_cpu"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+    expected = "error: nothing to train on is left: data.jsonl: 0 of 1 records, 0 tokens"
     # torchrun shows a child's exit code, and ends with 1 itself.
-    assert done.returncode == 1 and "exitcode  : 2" in done.stderr, done.stderr[-2000:]
-    check_one_message(done.stderr, tmp_path)
-
-
-def started_by_deepspeed(argv: list[str], folder: str) -> int | str | None:
-    """The script as DeepSpeed's launcher calls it, with a flag of the launcher's ahead."""
-    os.chdir(folder)
-    sys.argv = [str(SCRIPT), f"--local_rank={os.environ['LOCAL_RANK']}", *argv]
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return end.value.code
-
-
-def test_the_deepspeed_launcher_sees_one_message_and_exit_code_2(
-    tmp_path: Path, model: Path
-) -> None:
-    argv = nothing_to_train_on(model, tmp_path)
-    with start_processes(started_by_deepspeed, 2, argv, str(tmp_path)) as ranks:
-        assert ranks.wait(seconds=120) == [2, 2]
-        check_one_message(ranks.output(0) + ranks.output(1), tmp_path)
+    assert done.returncode == (1 if launcher == "torchrun" else 2), done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and lines[0].startswith(expected), done.stderr[-2000:]
+    if launcher == "torchrun":
+        assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "out").exists()
