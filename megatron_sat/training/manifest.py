@@ -5,22 +5,30 @@ checkpoint is loaded, its files are compared with it: :func:`verify`. It tells a
 short or has a flipped bit; it is no signature, whoever can write a file can write its manifest.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _BLOCK = 1 << 22
 _THREADS = 8
+_ATTEMPTS, _PAUSE = 3, 1.0  # seconds
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""A name leads to no file: that is damage. Other errors say nothing of what the file holds."""
+_REFUSED = (errno.EACCES, errno.EPERM)
 _READ_BY_NAME = (".pt", ".safetensors")
 """Files of these kinds are found by listing a folder or by their names, in the manifest or not."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -41,17 +49,21 @@ class Damage:
     """Its path within the checkpoint folder."""
     what: str
     """What is wrong, as "is missing"."""
+    unread: bool = False
+    """It could not be read, so that what it holds is not known: it may be whole."""
 
     def __str__(self) -> str:
         return f"{self.file} {self.what}"
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used. `what` says why, as "is missing"."""
+    """A manifest that cannot be used. `what` says why, as "is missing"; `unread` that it could not
+    be read."""
 
-    def __init__(self, folder: Path, what: str) -> None:
+    def __init__(self, folder: Path, what: str, *, unread: bool = False) -> None:
         super().__init__(f"{folder / MANIFEST} {what}")
         self.what = what
+        self.unread = unread
 
 
 def hash_file(path: Path, *, on_read: Callable[[int], None] | None = None) -> Entry:
@@ -128,11 +140,12 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
             file outside of its folder.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = json.loads(_patiently((folder / MANIFEST).read_bytes))
     except FileNotFoundError as error:
         raise ManifestError(folder, "is missing") from error
     except OSError as error:
-        raise ManifestError(folder, f"cannot be read ({error.strerror})") from error
+        what, unread = f"cannot be read ({error.strerror})", error.errno not in _NO_FILE
+        raise ManifestError(folder, what, unread=unread) from error
     except (ValueError, RecursionError) as error:
         raise ManifestError(folder, f"is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
@@ -161,7 +174,7 @@ def verify(
     """What is wrong with the files of ``folder``; empty if nothing is.
 
     Files are read in several threads, and none outside of the folder. Never raises for what lies
-    on disk.
+    on disk; what could not be read, after some attempts, is in the result as `unread`.
 
     Args:
         digests: compare the digests too, which reads all files; otherwise their sizes alone.
@@ -172,7 +185,7 @@ def verify(
     try:
         files = read_manifest(folder)
     except ManifestError as error:
-        return [Damage(MANIFEST, error.what)]
+        return [Damage(MANIFEST, error.what, error.unread)]
     found = []
     if names is None:
         found = [Damage(name, "is not in the manifest") for name in _strangers(folder, files)]
@@ -180,13 +193,9 @@ def verify(
     wanted = [name for name in files if name in only]
     with ThreadPoolExecutor(_THREADS) as pool:
         faults = pool.map(
-            lambda name: _fault_of_file(folder, name, files[name], digests, on_read), wanted
+            lambda name: _damage_of_file(folder, name, files[name], digests, on_read), wanted
         )
-        found += [
-            Damage(name, fault)
-            for name, fault in zip(wanted, faults, strict=True)
-            if fault is not None
-        ]
+        found += [damage for damage in faults if damage is not None]
     return found
 
 
@@ -226,14 +235,28 @@ def _fault_of_path(name: str) -> str | None:
     return None
 
 
-def _fault_of_file(
+def _patiently(read: Callable[[], _T]) -> _T:
+    """What `read()` returns. A disk, or a network before it, may give the next time what it did not
+    give once."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in _NO_FILE + _REFUSED:
+                raise
+            time.sleep(_PAUSE)
+    return read()
+
+
+def _damage_of_file(
     folder: Path, name: str, entry: Entry, digests: bool, on_read: Callable[[int], None] | None
-) -> str | None:
+) -> Damage | None:
     path = folder / name
     inside = os.path.join(os.path.realpath(folder), "")
     if not os.path.realpath(path).startswith(inside):
-        return "is a link that leads out of the folder"
-    try:
+        return Damage(name, "is a link that leads out of the folder")
+
+    def fault() -> str | None:
         if not path.exists():
             return "is missing"
         if not path.is_file():
@@ -242,9 +265,14 @@ def _fault_of_file(
             return f"has {size} bytes and had {entry.size} when it was saved"
         if digests and hash_file(path, on_read=on_read) != entry:
             return "has another content than when it was saved: its SHA-256 differs"
+        return None
+
+    try:
+        found = _patiently(fault)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None
+        unread = error.errno not in _NO_FILE
+        return Damage(name, f"cannot be read ({error.strerror})", unread)
+    return None if found is None else Damage(name, found)
 
 
 def _strangers(folder: Path, files: Mapping[str, Entry]) -> list[str]:

@@ -85,6 +85,7 @@ def find_checkpoint(
     Raises:
         ValueError: there is none, with what is wrong with each; or one that is as it was written
             cannot be used by this version. RanksStopped on all ranks if ``together``.
+        OSError: files of the newest that is not damaged could not be read; likewise.
     """
     watchdog = Watchdog() if watchdog is None else watchdog
     folders = _of_first_rank(lambda: _candidates(load), together)
@@ -110,6 +111,13 @@ def find_checkpoint(
                     _say(f"warning: --load {load}: passed over: {line}")
                 _compare_latest(load, stored)
                 return stored
+        if all(item.unread for item in damage):
+            # It may be whole: an older one would undo work for nothing.
+            with _agree(f"reading {folder}", together):
+                raise OSError(
+                    f"--load {load}: {folder} could not be read: {in_words(damage)}; try again, or "
+                    "move it away for an older one to be taken"
+                )
         passed_over.append(f"{folder} is damaged: {in_words(damage)}")
     with _agree("looking for a complete checkpoint", together):
         raise ValueError(f"--load {load}: no checkpoint can be loaded: {'; '.join(passed_over)}")
@@ -170,12 +178,15 @@ class Described:
 def describe(folder: Path) -> Described:
     """A checkpoint by its manifest, its run_state.json and the sizes of its files.
 
-    ValueError where run_state.json is as it was written, but not by this version.
+    ValueError where run_state.json is as it was written, but not by this version; OSError where it
+    was read once and could not be again.
     """
     path = folder / RUN_STATE
     try:
         files = read_manifest(folder)
     except ManifestError as error:
+        if error.unread:
+            return Described(damage=[Damage(MANIFEST, error.what, unread=True)])
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if (older := json.loads(path.read_bytes())["format"]) != FORMAT:
                 what = f"is of format {older}, another version's; this one reads {FORMAT}"
@@ -186,8 +197,9 @@ def describe(folder: Path) -> Described:
     damage = verify(folder, names=[RUN_STATE]) or verify(folder, digests=False)
     if any(item.file == RUN_STATE for item in damage):
         return Described(files=files, damage=damage)
+    content = path.read_bytes()
     try:
-        run_state = json.loads(path.read_bytes())
+        run_state = json.loads(content)
         if run_state["format"] != FORMAT:
             raise ValueError(f"its format is {run_state['format']}, this version reads {FORMAT}")
         stored = StoredCheckpoint(
@@ -196,7 +208,7 @@ def describe(folder: Path) -> Described:
             config=TrainingConfig.from_dict(run_state["config"]),
             run_state=run_state,
         )
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} was not written by this version: {error}") from error
     if not folder.name.endswith(folder_name(stored.progress.iteration)):
         damage = [Damage(RUN_STATE, f"is of iteration {stored.progress.iteration}"), *damage]

@@ -63,7 +63,10 @@ def verify_checkpoints(folder: str) -> int:
     print(f"{'checkpoint':<{width}}  {'size':>10}  state")
     for item, of, wrong in zip(found, described, damage, strict=True):
         size = sum(entry.size for entry in of.files.values()) / 1e9
-        state = f"DAMAGED: {in_words(wrong)}" if wrong else "complete"
+        state = "complete"
+        if wrong:
+            kind = "UNREADABLE" if all(damage.unread for damage in wrong) else "DAMAGED"
+            state = f"{kind}: {in_words(wrong)}"
         print(f"{item.name:<{width}}  {size:>7.3f} GB  {state}")
     return int(any(damage))
 
@@ -73,6 +76,9 @@ def _describe(folder: Path) -> Described:
         return describe(folder)
     except ValueError as error:
         return Described(damage=[Damage("run_state.json", f"cannot be used: {error}")])
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        return Described(damage=[Damage("run_state.json", what, unread=True)])
 
 
 def _damage(folder: Path, described: Described, on_read: Callable[[int], None]) -> list[Damage]:

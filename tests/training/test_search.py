@@ -1,25 +1,32 @@
 """Which checkpoint a run goes on from, and that it is then the run that was never stopped."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
-from megatron_sat.training import search
+from megatron_sat.training import manifest, search
 from megatron_sat.training.checkpoint import RUN_STATE
+from megatron_sat.training.initialize import RanksStopped
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.manifest import MANIFEST, write_manifest
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 from megatron_sat.training.search import find_checkpoint, list_checkpoints
+from megatron_sat.training.verify_checkpoint import verify_checkpoints
 
 RUN = (
     "--train-iters 8 --lr-warmup-iters 3 --lr-decay-style cosine --save-interval 2 "
@@ -162,6 +169,79 @@ def test_when_none_is_left_one_error_says_what_is_wrong_with_each(copied: Path) 
     assert f"{copied}/global_step6 is damaged: zero_pp_rank_1" in parts[0]
     assert parts[1] == f"{copied}/global_step4 is damaged: manifest.json is missing"
     assert parts[2].startswith(f"{copied}/global_step2 is damaged: run_state.json has 2 bytes")
+
+
+@contextlib.contextmanager
+def refusing(file: Path, error: int, times: int = 1000) -> Iterator[list[Path]]:
+    """The disk answers the first attempts to read ``file`` with ``error``; those attempts."""
+    attempts: list[Path] = []
+    hash_file, read_bytes = manifest.hash_file, Path.read_bytes
+
+    def refuse(path: Path) -> None:
+        if path == file:
+            attempts.append(path)
+            if len(attempts) <= times:
+                raise OSError(error, os.strerror(error), str(path))
+
+    def hash_or_not(path: Path, **options: Any) -> Any:
+        refuse(path)
+        return hash_file(path, **options)
+
+    def read_or_not(path: Path) -> bytes:
+        refuse(path)
+        return read_bytes(path)
+
+    with (
+        mock.patch.object(manifest, "hash_file", hash_or_not),
+        mock.patch.object(Path, "read_bytes", read_or_not),
+        mock.patch.object(manifest, "_PAUSE", 0.0),
+    ):
+        yield attempts
+
+
+@pytest.mark.parametrize("name", [MANIFEST, RUN_STATE, "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_what_cannot_be_read_is_not_taken_for_damage(run: Path, name: str, capsys) -> None:
+    file = run / "global_step8" / name
+    with refusing(file, errno.ESTALE, times=2):
+        assert find_checkpoint(str(run)).progress.iteration == 8
+    for error, attempts in ((errno.EIO, 3), (errno.EACCES, 1)):
+        what = re.escape(f"{file.parent} could not be read: {name} cannot be read (")
+        with refusing(file, error) as made, pytest.raises(OSError, match=what + os.strerror(error)):
+            find_checkpoint(str(run))
+        assert len(made) == attempts
+        with refusing(file, error):
+            assert verify_checkpoints(str(run)) == 1
+        assert f"UNREADABLE: {name} cannot be read" in capsys.readouterr().out
+
+
+def test_what_is_damaged_as_well_is_passed_over(copied: Path) -> None:
+    flip(copied / "global_step6" / "random_rank_00000.safetensors")
+    with refusing(optimizer_file(copied, 6), errno.EIO):
+        assert find_checkpoint(str(copied)).progress.iteration == 4
+
+
+def start_where_rank_1_cannot_read(argv: list[str], file: Path) -> tuple[str, int]:
+    unread = refusing(file, errno.EIO) if dist.get_rank() == 1 else contextlib.nullcontext()
+    with unread, pytest.raises(RanksStopped) as end:
+        train(argv)
+    return str(end.value), int(end.value.code)
+
+
+def test_a_rank_that_cannot_read_ends_the_start_and_nothing_is_left_behind(
+    copied: Path, tiny_data: Path
+) -> None:
+    listed = json.loads((copied / "global_step6" / MANIFEST).read_text())["files"]
+    entries = {name: manifest.Entry(**entry) for name, entry in listed.items()}
+    file = copied / "global_step6" / manifest.shares(entries, 2)[1][0]
+    argv = tiny_run(tiny_data, f"{RUN}--load {copied}", save=copied)
+    first, second = run_on_ranks(start_where_rank_1_cannot_read, 2, argv, file)
+    assert first == second and first[1] == 2
+    assert first[0] == (
+        f"--load {copied}: {file.parent} could not be read: {file.name} cannot be read (Input/"
+        "output error); try again, or move it away for an older one to be taken"
+    )
+    assert list_checkpoints(copied)[0] == file.parent
+    assert not list(copied.glob("abandoned-*"))
 
 
 def test_a_checkpoint_that_was_asked_for_is_taken_or_refused(copied: Path, capsys) -> None:
