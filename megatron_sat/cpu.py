@@ -1,8 +1,9 @@
-"""Running Megatron-core without a GPU, for tests, CI and the quickstart.
+"""Running Megatron-core and DeepSpeed without a GPU, for tests, CI and the quickstart.
 
 Megatron-core allocates on ``torch.cuda.current_device()`` and keeps CUDA random states for
-dropout. On a machine without a GPU both fail before any work is done. This is the one place where
-this project changes how another package behaves, and it does nothing where there is a GPU.
+dropout. On a machine without a GPU both fail before any work is done. DeepSpeed compiles an
+all-reduce for CPUs. This is the one place where this project changes how another package behaves,
+and none of it is done where ranks are on GPUs.
 """
 
 import torch
@@ -20,6 +21,14 @@ def enable_cpu_path() -> None:
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
     torch.cuda.random.get_rng_state = _cpu_rng_state
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+
+
+def leave_all_reduce_to_gloo() -> None:
+    """Before DeepSpeed's communication starts, for ranks on CPUs. Else it compiles an all-reduce of
+    its own on first use, for half a minute and under a lock that outlives a killed process."""
+    import deepspeed.ops  # who needs Megatron-core alone does not wait for it
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _cpu_device() -> torch.device:

@@ -4,6 +4,7 @@ run in tests/cluster."""
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,29 @@ def job(tmp_path, monkeypatch):
     return start
 
 
-def trainer(process: subprocess.Popen[str]) -> list[str]:
-    """The trainer's flags, of a script that ended well."""
+def trainer(process: subprocess.Popen[str], container: Sequence[str] = ()) -> list[str]:
+    """The trainer's flags, of a script that ended well; `container`: what else srun was given."""
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 0
     words = output.split("\0")[:-1]
     position = next(i for i, word in enumerate(words) if word.endswith("/pretrain_sat.py"))
-    assert words[:position] == ["--kill-on-bad-exit=1", "python"]
+    assert words[:position] == ["--kill-on-bad-exit=1", *container, "python"]
     return words[position + 1 :]
+
+
+# What each script of a container gives srun, by its image.
+MOUNTS = f"{REPOSITORY}:{REPOSITORY},/data:/data,/scratch/a:/scratch/a"
+CONTAINERS = {
+    "image.sqsh": [
+        "--container-image=image.sqsh",
+        f"--container-mounts={MOUNTS}",
+        f"--container-workdir={REPOSITORY}",
+    ],
+    "image.sif": [
+        *["apptainer", "exec", "--nv", "--bind", MOUNTS, "--pwd", str(REPOSITORY)],
+        "image.sif",
+    ],
+}
 
 
 @pytest.mark.parametrize("script", [path.name for path in SCRIPTS.glob("*.sh")])
@@ -68,10 +84,18 @@ def test_ranks_are_tasks_and_flags_are_valid(job, script, tmp_path):
     header = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", (SCRIPTS / script).read_text(), re.M))
     assert header["ntasks-per-node"] == header["gpus-per-node"]
     ranks = int(header["nodes"]) * int(header["ntasks-per-node"])
-    config = parse_args(trainer(job(script, "--lr", "1e-4")), world_size=ranks)
-    assert config.checkpoint.save == str(tmp_path / "sa ve")
-    assert config.optimizer.lr == 1e-4
-    assert config.model.num_layers == (40 if script == "several_nodes.sh" else 32)
+    containers = CONTAINERS if script == "container.sh" else {"": []}
+    for image, words in containers.items():
+        process = job(script, "--lr", "1e-4", IMAGE=image, MOUNTS="/data /scratch/a")
+        config = parse_args(trainer(process, words), world_size=ranks)
+        assert config.checkpoint.save == str(tmp_path / "sa ve")
+        assert config.optimizer.lr == 1e-4
+        assert config.model.num_layers == (32 if script in ("single_node.sh", "chain.sh") else 40)
+
+
+def test_a_container_needs_an_image(job):
+    process = job("container.sh", IMAGE="")
+    assert process.communicate(timeout=20)[0] == "" and process.returncode == 1
 
 
 def test_every_start_of_a_chain_is_the_same_command(job, tmp_path):

@@ -22,16 +22,6 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 # One rank for each task; a rank that fails ends the others.
 export LAUNCHER="srun --kill-on-bad-exit=1 python"
 
-# In a container, python is the container's; data, SAVE and the repository have to be mounted, and
-# SLURM's variables passed on (no --cleanenv). With Apptainer:
-#
-#   LAUNCHER="srun --kill-on-bad-exit=1 apptainer exec --nv --bind /data,$PWD image.sif python"
-#
-# and with the pyxis plugin:
-#
-#   LAUNCHER="srun --kill-on-bad-exit=1 --container-image=image.sqsh
-#       --container-mounts=/data:/data,$PWD:$PWD --container-workdir=$PWD python"
-
 # Where nodes have several networks, name the one that ranks use:
 #
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0

@@ -145,9 +145,10 @@ def _join(command: CommandLine | None) -> None:
     if with_deepspeed:
         import deepspeed
 
+        from megatron_sat.cpu import leave_all_reduce_to_gloo
+
         if not on_gpu:
-            # Else it compiles an all-reduce of its own on first use.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            leave_all_reduce_to_gloo()
         deepspeed.init_distributed(
             "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )

@@ -31,7 +31,6 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm
-import deepspeed.ops
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -41,7 +40,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel  # noqa: F401  (imported here once, for all ranks)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_sat.cpu import enable_cpu_path
+from megatron_sat.cpu import enable_cpu_path, leave_all_reduce_to_gloo
 
 SEED = 1234
 MAX_PACKET = 1 << 16
@@ -63,8 +62,7 @@ def serve(control_fd: int, *, device: str, folder: str) -> None:
         folder: removed at the end, since a caller that is killed cannot.
     """
     if device == "cpu":
-        # DeepSpeed would compile its shared-memory all-reduce, half a minute, for inference only.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_all_reduce_to_gloo()
     gc.collect()
     _caches.extend(_find_caches())
     gc.freeze()  # else every collection in a rank walks, and so copies, all that was imported

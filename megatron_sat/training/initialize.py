@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_sat.cpu import enable_cpu_path
+from megatron_sat.cpu import enable_cpu_path, leave_all_reduce_to_gloo
 from megatron_sat.stopping import RanksStopped, decided_by_first_rank, ranks_agree, run
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
@@ -104,9 +104,7 @@ def join(launch: Launch, *, timeout_minutes: int) -> None:
             **(alone if launch.world_size == 1 else {}),
         )
     if not on_gpu:
-        # Else DeepSpeed compiles an all-reduce of its own on first use, under a lock that outlives
-        # a killed process; gloo does as well.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_all_reduce_to_gloo()
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )

@@ -7,6 +7,7 @@ stream of their own beside the next forward and backward passes; only the optimi
 copied, so it is the optimizer step that has to wait: :meth:`Staging.hold_stream`.
 """
 
+import contextlib
 import io
 import pickle
 from typing import Any
@@ -43,6 +44,8 @@ class HostMemory:
             result = torch.cuda.cudart().cudaHostRegister(self._block.ctypes.data, size, 0)
             self._locked = int(result) == 0
             self.fault = None if self._locked else f"cudaHostRegister: error {int(result)}"
+            if not self._locked:
+                _forget_cuda_error()
 
     def region(self, start: int, size: int) -> Tensor:
         """``size`` bytes from ``start`` on, as a tensor with a storage of its own: [size] uint8."""
@@ -56,6 +59,13 @@ class HostMemory:
             torch.cuda.cudart().cudaHostUnregister(self._block.ctypes.data)
             self._locked = False
         self._block = np.empty(0, dtype=np.uint8)
+
+
+def _forget_cuda_error() -> None:
+    """CUDA keeps a failed call's error for whoever asks next, which would be the first kernel of
+    the next step. torch asks after it has launched one, and has no function that only asks."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 class Staging:

@@ -3,7 +3,9 @@
 import io
 from collections import OrderedDict
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -89,6 +91,35 @@ def test_memory_is_kept_from_save_to_save() -> None:
     (third,) = staged({"x": large + 1}, memory=memory)
     assert third["x"].data_ptr() == second["x"].data_ptr() != 0
     assert address and torch.equal(third["x"], large + 1)
+
+
+def test_memory_that_cannot_be_locked_is_a_fault_and_leaves_no_error(monkeypatch) -> None:
+    memory, asked = HostMemory(), []
+    memory.stream = mock.Mock()
+    monkeypatch.setattr(
+        torch.cuda, "cudart", lambda: mock.Mock(cudaHostRegister=lambda *_: 2), raising=False
+    )
+
+    def kernel(*_: Any, **__: Any) -> None:
+        asked.append("kernel")
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "ones", kernel)
+    memory.reserve(100)
+    assert memory.fault == "cudaHostRegister: error 2" and asked == ["kernel"]
+
+
+@pytest.mark.gpu
+def test_kernels_run_after_memory_could_not_be_locked(monkeypatch) -> None:
+    first, second = HostMemory(), HostMemory()
+    first.reserve(1 << 20)
+    assert first.fault is None
+    with monkeypatch.context() as context:
+        context.setattr(np, "empty", lambda *_, **__: first._block)  # which is locked already
+        second.reserve(1 << 20)
+    assert second.fault is not None
+    assert torch.full((3,), 2.0, device="cuda").sum() == 6
+    first.close()
 
 
 @pytest.mark.gpu

@@ -68,15 +68,17 @@ def test_a_launcher_that_signals_twice_asks_once(tmp_path, tiny_data):
         assert len(checkpoints(tmp_path / "save")) == 1
 
 
-def slow_saver(*argv: str) -> int:
-    """`trainer`, whose saves begin with a wait of three seconds and say so."""
+def held_saver(*argv: str) -> int:
+    """`trainer`, whose saves say that they begin, and then wait until a file "go" is beside the
+    folder of ``--save``."""
     from megatron_sat.training.loop import Trainer
 
     save = Trainer.save
 
     def wait(self, **options):
         print("saving", flush=True)
-        time.sleep(3)
+        while not Path(self.config.checkpoint.save).with_name("go").exists():
+            time.sleep(0.02)
         save(self, **options)
 
     with mock.patch.object(Trainer, "save", wait):
@@ -85,13 +87,13 @@ def slow_saver(*argv: str) -> int:
 
 def test_a_second_signal_stops_at_once(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, LONG, save=tmp_path / "save")
-    with start_processes(slow_saver, 1, *argv) as processes:
+    with start_processes(held_saver, 1, *argv) as processes:
         training(processes, tmp_path / "save")
         processes.kill(0, signal.SIGUSR1)
         processes.wait_until(lambda: "saving" in processes.output(0), seconds=30)
         time.sleep(SAME_REQUEST + 0.2)  # what comes sooner is the same request
         processes.kill(0, signal.SIGTERM)
-        assert processes.wait(seconds=0.7) == [128 + signal.SIGTERM]
+        assert processes.wait(seconds=20) == [128 + signal.SIGTERM]  # the save never ends
         assert processes.output(0).splitlines()[-1] == (
             "stopped: rank 0: SIGTERM again: stopped at once, nothing is saved"
         )
@@ -100,9 +102,11 @@ def test_a_second_signal_stops_at_once(tmp_path, tiny_data):
 
 def test_a_signal_during_a_save_takes_effect_after_it(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, LONG + "--save-interval 3", save=tmp_path / "save")
-    with start_processes(slow_saver, 1, *argv) as processes:
+    with start_processes(held_saver, 1, *argv) as processes:
         processes.wait_until(lambda: "saving" in processes.output(0), seconds=60)
         processes.kill(0, signal.SIGTERM)
+        time.sleep(0.5)  # nothing tells that it has arrived
+        (tmp_path / "go").touch()
         assert processes.wait(seconds=30) == [75]
         assert processes.output(0).count("saving") == 1
         assert checkpoints(tmp_path / "save") == ["global_step3"]
