@@ -37,8 +37,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def expected(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Results of the run that never stopped: two processes on this machine, without a launcher."""
+def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``--save`` of the run that never stopped: two processes on this machine, no launcher."""
     save = tmp_path_factory.mktemp("reference") / "save"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,7 +52,13 @@ def expected(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list
             ranks.append(subprocess.Popen(command, env=cluster.environment | shared | own))
             stack.callback(ranks[-1].kill)
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    found = results(save)
+    return save
+
+
+@pytest.fixture(scope="session")
+def expected(uninterrupted: Path) -> list[dict[str, Any]]:
+    """Results of the run that never stopped."""
+    found = results(uninterrupted)
     losses = [line["loss"] for line in found if line["kind"] == "train"]
     assert len(losses) == ITERATIONS and losses[-1] < losses[0] - 1
     return found

@@ -101,4 +101,6 @@ class Slurm:
     def start_now(self, job: str) -> None:
         """Spare a requeued job the two minutes that SLURM makes it wait."""
         wait_until(lambda: self.state(job) == "PENDING", f"requeue of job {job}", seconds=30.0)
-        self.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])
+        # A start in the second in which the node ends the last one would be refused there, and the
+        # job with it: its credential is revoked by the second.
+        self.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"])

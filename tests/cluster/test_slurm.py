@@ -1,10 +1,12 @@
 """The batch scripts of examples/slurm, and what SLURM tells a process that srun did not start."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_sat.testing.faults import tensors_digest
 from megatron_sat.training.launch import expand_hostlist
 from tests.cluster.hosts import wait_until
 from tests.cluster.runs import ITERATIONS, TINY, Cluster, results, run_files
@@ -70,7 +72,7 @@ def latest(save: Path) -> str:
     return pointer.read_text() if pointer.exists() else ""
 
 
-def test_a_chain_is_the_run_that_never_stopped(cluster: Cluster, expected, tmp_path):
+def test_a_chain_is_the_run_that_never_stopped(cluster: Cluster, uninterrupted, expected, tmp_path):
     slurm, save, log = cluster.slurm, tmp_path / "save", tmp_path / "job.log"
     job = slurm.submit(
         *["--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"],
@@ -83,18 +85,22 @@ def test_a_chain_is_the_run_that_never_stopped(cluster: Cluster, expected, tmp_p
     wait_until(lambda: latest(save), "a checkpoint", seconds=120)
     slurm.run(["scancel", "--signal=USR1", job])
     slurm.start_now(job)
-    # A job that matters more takes the nodes.
-    first = latest(save)
-    wait_until(lambda: latest(save) != first, "another checkpoint", seconds=120)
+    # Jobs that matter more take the nodes, twice.
     urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true"]
-    other = slurm.submit(*urgent, log=tmp_path / "urgent.log")
-    slurm.start_now(job)
+    for number in (1, 2):
+        reached = latest(save)
+        wait_until(lambda before=reached: latest(save) != before, "a checkpoint", seconds=120)
+        other = slurm.submit(*urgent, log=tmp_path / f"urgent{number}.log")
+        slurm.start_now(job)
+        assert slurm.wait(other) == "COMPLETED"
     assert slurm.wait(job) == "COMPLETED", log.read_text()
-    assert slurm.wait(other) == "COMPLETED"
 
     text = log.read_text()
     assert text.count("back to the queue") == 1
-    assert "DUE TO PREEMPTION" in text
-    begin, second, third = (record["iteration"] for record in run_files(save))
-    assert begin == 0 < second < third < ITERATIONS
+    assert len(re.findall(rf"JOB {job} .* DUE TO PREEMPTION", text)) == 2
+    starts = [record["iteration"] for record in run_files(save)]
+    assert len(starts) == 4 and starts[0] == 0 < starts[1] < starts[2] < starts[3] < ITERATIONS
     assert results(save) == expected
+    # Weights, optimizer and random states.
+    last = f"global_step{ITERATIONS}"
+    assert tensors_digest(save / last) == tensors_digest(uninterrupted / last)
