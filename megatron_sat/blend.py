@@ -1,12 +1,12 @@
 """Which share of a run each corpus gets, and how often the run goes through it."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sat.training.data import parse_blend
 from megatron_sat.training.indexed_data import inspect
+from megatron_sat.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,8 @@ def write_blend(path: str, rows: Sequence[BlendRow]) -> None:
     for row in rows:
         if len(row.prefix.split()) != 1:
             raise ValueError(f"--part: {row.prefix!r}: Megatron's blends allow no blanks in names")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        partial.write_text("".join(f"{row.share:.9g} {row.prefix}\n" for row in rows))
-        os.replace(partial, target)
+        with whole_file(target) as partial:
+            partial.write_text("".join(f"{row.share:.9g} {row.prefix}\n" for row in rows))
     except OSError as error:
         raise ValueError(f"--output: {path} cannot be written ({error.strerror})") from error
-    finally:
-        partial.unlink(missing_ok=True)

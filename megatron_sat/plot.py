@@ -4,7 +4,6 @@ One colour per run, one line style per curve (training, each validation set). Th
 a run was sparse is shaded lightly in its colour.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
+from megatron_sat.whole_file import whole_file
 
 XAxis = Literal["iteration", "tokens"]
 Array = NDArray[np.float64]
@@ -243,10 +243,8 @@ def save_png(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: give a file name that ends in .png")
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
+        with whole_file(path) as partial:
+            figure.savefig(partial, format="png")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from error

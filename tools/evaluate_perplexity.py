@@ -29,6 +29,7 @@ from megatron_sat.corpora import expand
 from megatron_sat.perplexity import LONGEST_CONTEXT, Dtype, PerplexityReport, evaluate_perplexity
 from megatron_sat.training.initialize import ranks_agree, run
 from megatron_sat.training.launch import Launch
+from megatron_sat.whole_file import whole_file
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,12 +124,8 @@ def _check_output(path: str) -> None:
 
 
 def _write(path: str, report: PerplexityReport) -> None:
-    partial = Path(f"{path}.partial-{os.getpid()}")
-    try:
+    with whole_file(Path(path)) as partial:
         partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,6 +24,7 @@ from megatron_sat.checkpoint.hf_config import (
 from megatron_sat.checkpoint.hf_tokenizer import check_tokenizer, write_tokenizer
 from megatron_sat.checkpoint.layout import Dims, Named
 from megatron_sat.training.config import DataConfig, HFDtype, ModelConfig
+from megatron_sat.whole_file import sync
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest weights file, as `transformers` writes them."""
@@ -152,6 +153,7 @@ class HFWriter:
             trust_remote_code=export.trust_remote_code,
         )
         _write_configs(export, tokens, self._folder)
+        sync(self._folder)
         self._folder.rename(export.target)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sat.bad_input import reason
 from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.checkpoint.hf_config import HFConfig, read_hf_config
 from megatron_sat.checkpoint.hf_import import HFWeights
@@ -119,8 +120,9 @@ def _token_ids(
             str(source.folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises whatever the broken file provokes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source.folder} has no tokenizer for --text ({reason})") from error
+        raise ValueError(
+            f"{source.folder} has no tokenizer for --text ({reason(error)})"
+        ) from error
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 
@@ -215,7 +217,7 @@ def _rank_logits(
     model, failure = _our_model(config, folder, stored, rank)
     failures: list[Any] = [None] * size
     torch.distributed.all_gather_object(failures, failure)
-    logits: Any = next((reason for reason in failures if reason is not None), None)
+    logits: Any = next((why for why in failures if why is not None), None)
     if logits is None:
         tokens = torch.tensor([ids])
         with torch.no_grad():

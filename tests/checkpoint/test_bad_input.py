@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sat.checkpoint import hf_export
 from megatron_sat.checkpoint.families import FAMILIES
 from megatron_sat.checkpoint.hf_config import read_hf_config
 from megatron_sat.checkpoint.hf_export import HFExport, HFWriter
@@ -229,7 +230,11 @@ def export(folder: Path, target: Path) -> HFExport:
     )
 
 
-def test_what_is_written_is_complete_or_absent(folder: Path) -> None:
+def test_what_is_written_is_complete_or_absent(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(hf_export, "sync", synced.append)
     plan = export(folder, folder.parent / "out")
     reader = HFReader(folder)
     (folder.parent / "unfinished-out").mkdir()  # of a run that was killed
@@ -251,6 +256,7 @@ def test_what_is_written_is_complete_or_absent(folder: Path) -> None:
                 writer.add(name, reader.read(name, rows=(0, shape[0])))
         assert not plan.target.exists()
     assert sorted(entry.name for entry in folder.parent.iterdir()) == ["model", "out"]
+    assert synced == [folder.parent / "unfinished-out"]
     with pytest.raises(ValueError, match=rf"--save-hf {plan.target} exists"):
         export(folder, plan.target)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_sat.testing.vocabulary import KINDS, MIXED, NEW, OLD, train_sentencepiece
-from megatron_sat.vocabulary import extend_vocabulary, read_pieces
+from megatron_sat.vocabulary import extend_vocabulary, extension, read_pieces
 
 
 @pytest.mark.parametrize("pieces", ["bpe", "unigram", "list"])
@@ -109,9 +109,21 @@ def shuffled(lines: list[str], count: int) -> list[str]:
 
 
 def test_what_cannot_be_extended_is_refused_and_leaves_nothing(
-    tmp_path: Path, bases: dict[str, Path], greek: dict[str, str]
+    tmp_path: Path,
+    bases: dict[str, Path],
+    greek: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, output = tmp_path / "base", tmp_path / "out"
+
+    def full_disk(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        # What the disk does not take is known before the folder has its name.
+        patched.setattr(extension, "sync", full_disk)
+        extend_vocabulary(base=str(bases["json"]), pieces=greek["bpe"], output=str(output))
+    assert not list(tmp_path.iterdir())
 
     def refused(message: str, pieces: str = greek["bpe"], kind: str = "json", **options) -> None:
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,30 @@
+"""Files and folders that are whole or not there, whatever happens while they are written."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. It becomes `path` when the block is done, its content on
+    the disk; after an error it is gone, and `path` is as it was."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder and all that is in it, to the disk. Otherwise a crash of the
+    machine can leave a new name without what was written before it."""
+    for place in (path, *path.rglob("*")):
+        number = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
