@@ -22,7 +22,7 @@ from megatron_sat.ops.score import block_dot, row_dot, row_norm
 __all__ = ["METRICS", "finish", "importance", "needs_statistic", "score", "statistic"]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=128)  # padded batches have a different number at every step
 def _count_of(tokens: int, device: torch.device) -> Tensor:
     """A constant of the device: each launch on the path to a subset is felt."""
     return torch.full((), tokens, dtype=torch.float32, device=device)

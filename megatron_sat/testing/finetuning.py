@@ -1,13 +1,62 @@
 """Fine-tuning runs of transformers' Trainer, small enough for tests."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainingArguments
 
 from megatron_sat.config import SATConfig
+from megatron_sat.hf.attach import find_attachment
 from megatron_sat.testing.huggingface import VOCABULARY
+
+
+def ten_steps(**changes: Any) -> SATConfig:
+    """SAT at rate 0.5 up to step 6, 0.25 up to step 7, then dense; 10 steps."""
+    settings: dict[str, Any] = {
+        "omission_rate": 0.5,
+        "total_steps": 10,
+        "decay_start_step": 6,
+        "ladder_rungs": 2,
+        "channel_multiple": 8,
+    }
+    return SATConfig(**(settings | changes))
+
+
+def training_arguments(output: Path, **changes: Any) -> TrainingArguments:
+    """Of 10 steps on the CPU, logged one by one."""
+    values: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**(values | changes))
+
+
+class Recorder(TrainerCallback):
+    """Keeps what SAT did in each step."""
+
+    def __init__(self) -> None:
+        self.states: list[Any] = []
+
+    @property
+    def checksums(self) -> list[str | None]:
+        """Of each step's subsets; None where it was dense."""
+        return [state.checksum() for state in self.states]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Copy the state of the step."""
+        attachment = find_attachment(kwargs["model"])
+        assert attachment is not None
+        self.states.append(copy.deepcopy(attachment.state))
 
 
 def padded_records(count: int = 96, *, length: int = 16, seed: int = 3) -> list[dict[str, Any]]:
@@ -53,33 +102,22 @@ def fine_tune(
         callbacks: behind `SATCallback`.
         resume: a checkpoint to go on from.
         trainer_class: another class than the Trainer.
-        **arguments: of ``TrainingArguments``, in place of those given here.
+        **arguments: of ``TrainingArguments``, in place of those of `training_arguments`.
     """
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer
 
     from megatron_sat.hf import SATCallback, enable_sat
 
     forget_accelerate()
-    values: dict[str, Any] = {
-        "output_dir": str(output),
-        "max_steps": 10,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
     # Ahead of the model: under ZeRO-3 it is loaded in parts.
-    training_arguments = TrainingArguments(**(values | arguments))
+    args = training_arguments(output, **arguments)
     model = AutoModelForCausalLM.from_pretrained(folder)
     if config is not None:
         enable_sat(model, config)
         callbacks = [SATCallback(config), *callbacks]
     trainer = (trainer_class or Trainer)(
         model=model,
-        args=training_arguments,
+        args=args,
         train_dataset=padded_records(),
         eval_dataset=padded_records(16, seed=4),
         callbacks=list(callbacks),

@@ -1,6 +1,8 @@
 """benchmarks/finetune.py in small: its task can be answered, and both forms give their tables."""
 
 import csv
+import json
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,57 @@ def test_quality(tmp_path: Path, modules: Any, capsys: pytest.CaptureFixture[str
     finetune.print_table(finetune.one_table([part]))
     finetune.draw([part], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def write_synonyms(folder: Path, task: Any) -> tuple[Path, Path, Path]:
+    """A small model, and records to train on and to ask: two instructions, each in four wordings,
+    of which every word misses one in training."""
+    wordings = {0: ("repeat", "again", "echo", "say"), 1: ("next", "after", "following", "then")}
+    words = [f"w{number}" for number in range(32)]
+    phrases = {"words": (None, tuple(p for both in wordings.values() for p in both))}
+    with mock.patch.object(task, "OPERATIONS", phrases), mock.patch.object(task, "LETTERS", words):
+        vocabulary = task.write_tokenizer(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    generator = random.Random(0)
+    held_out, train = [], []
+    for shift, said in wordings.items():
+        for number, word in enumerate(words):
+            missing = generator.choice(said)
+            for phrase in said:
+                answer = words[(number + shift) % len(words)]
+                record = json.dumps({"prompt": f"{phrase} {word}", "response": answer})
+                (held_out if phrase == missing else train).append(record + "\n")
+    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    for path, records in zip(paths, (train, held_out), strict=True):
+        path.write_text("".join(records))
+    return folder / "model", *paths
+
+
+def test_sat_answers_as_full_fine_tuning_does(tmp_path: Path, modules: Any) -> None:
+    """In the paper's setting, within 2 points on prompts that were held out."""
+    _, quality, _, task = modules
+    model, train, held_out = write_synonyms(tmp_path, task)
+    answered = {"before": quality.exact_answers(model, held_out)}
+    rates = dict.fromkeys(("full", "sat"), 3e-3)
+    with mock.patch.multiple(quality, BATCH=32, LEARNING_RATES=rates):
+        for method in rates:
+            quality.tune(method, model, train, held_out, tmp_path / method, steps=400, seed=0)
+            answered[method] = quality.exact_answers(tmp_path / method / "tuned", held_out)
+    assert answered["before"] < 0.1 and answered["full"] > 0.95
+    assert answered["sat"] >= answered["full"] - 0.02
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,20 +13,14 @@ from megatron_sat import SATConfig
 from megatron_sat.hf import disable_sat, enable_sat
 from megatron_sat.hf.attach import find_attachment
 from megatron_sat.testing import RankError, run_on_ranks
-from megatron_sat.testing.finetuning import fine_tune, forget_accelerate, logged
+from megatron_sat.testing.finetuning import (
+    Recorder,
+    fine_tune,
+    forget_accelerate,
+    logged,
+    ten_steps,
+)
 from megatron_sat.testing.huggingface import build_model, write_model
-
-
-def sat(**changes: Any) -> SATConfig:
-    """Rate 0.5 up to step 6, 0.25 up to step 7, then dense; 10 steps."""
-    settings = {
-        "omission_rate": 0.5,
-        "total_steps": 10,
-        "decay_start_step": 6,
-        "ladder_rungs": 2,
-        "channel_multiple": 8,
-    }
-    return SATConfig(**(settings | changes))
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -36,15 +30,15 @@ def zero(stage: int) -> dict[str, Any]:
     return {"zero_optimization": zero_optimization, **dict.fromkeys(sizes, "auto")}
 
 
-class Recorder(TrainerCallback):
-    """The subsets of each step, and how much of the model was left gathered after it."""
+class RecorderOfGathers(Recorder):
+    """And how much of the model was left gathered after each step."""
 
     def __init__(self) -> None:
-        self.checksums: list[str | None] = []
+        super().__init__()
         self.gathered = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.checksums.append(find_attachment(kwargs["model"]).state.checksum())
+        super().on_step_end(args, state, control, **kwargs)
         statuses = [getattr(p, "ds_status", None) for p in kwargs["model"].parameters()]
         self.gathered += sum(getattr(status, "name", "") == "AVAILABLE" for status in statuses)
 
@@ -55,7 +49,7 @@ def train(folder: Path, output: Path, config: SATConfig, **arguments: Any) -> di
         PartitionedParameterCoordinator,
     )
 
-    recorder, traces = Recorder(), []
+    recorder, traces = RecorderOfGathers(), []
     invalidate = PartitionedParameterCoordinator._invalidate_trace
 
     def count(self: Any) -> None:
@@ -86,7 +80,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path, llama: Path) -> None:
-    config = sat(total_steps=6, decay_start_step=2)  # 0.25 at step 3
+    config = ten_steps(total_steps=6, decay_start_step=2)  # 0.25 at step 3
     one = {"per_device_train_batch_size": 8, "max_steps": 6}
     (expected,) = run_on_ranks(train, 1, llama, tmp_path, config, **one)
     assert [checksum is None for checksum in expected["checksums"]] == [False] * 3 + [True] * 3
@@ -114,7 +108,7 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path, llama: Path) -> N
 @pytest.mark.parametrize("case", ["llama2", "qwen2", "qwen3"])
 def test_zero_3_of_other_families(tmp_path: Path, case: str) -> None:
     folder = write_model(tmp_path / "model", case)
-    config = sat(scope="micro-batch", metric="wanda", total_steps=4, decay_start_step=3)
+    config = ten_steps(scope="micro-batch", metric="wanda", total_steps=4, decay_start_step=3)
     options = {"max_steps": 4, "gradient_accumulation_steps": 2}
     (expected,) = run_on_ranks(
         train, 1, folder, tmp_path, config, per_device_train_batch_size=8, **options
@@ -127,7 +121,7 @@ def test_zero_3_of_other_families(tmp_path: Path, case: str) -> None:
 
 def test_a_resumed_zero_3_run_is_the_one_never_stopped(tmp_path: Path, llama: Path) -> None:
     options = {"deepspeed": zero(3), "save_strategy": "steps", "save_steps": 4}
-    config = sat(selection="static")
+    config = ten_steps(selection="static")
     whole = run_on_ranks(train, 2, llama, tmp_path, config, **options)
     options["resume"] = tmp_path / "checkpoint-4"
     resumed = run_on_ranks(train, 2, llama, tmp_path / "on", config, **options)
@@ -140,7 +134,7 @@ def in_a_loop_of_ones_own(lengths: list[int]) -> list[Any]:
     """Subsets of ranks with different tokens, one of which has nothing but padding."""
     forget_accelerate()  # else the model would be partitioned, as ZeRO-3 had it before
     model = build_model("llama3").train()
-    state = enable_sat(model, sat())
+    state = enable_sat(model, ten_steps())
     sizes = torch.tensor(lengths)[dist.get_rank() :: dist.get_world_size()]
     seen = []
     for step in (1, 2):
@@ -170,7 +164,7 @@ def with_other_subsets_on_rank_1(folder: Path, output: Path) -> None:
         return decide(self, turned)
 
     with mock.patch.object(Site, "decide", differently):
-        fine_tune(folder, sat(selection="top-k"), output)
+        fine_tune(folder, ten_steps(selection="top-k"), output)
 
 
 def test_different_subsets_stop_all_ranks(tmp_path: Path, llama: Path) -> None:
@@ -189,7 +183,7 @@ def groups_left_after_training(folder: Path, output: Path) -> tuple[int, bool]:
             group = find_attachment(kwargs["model"]).group._group
             seen.append(group is not None and group is not dist.group.WORLD)
 
-    config = sat(total_steps=2, decay_start_step=1, ladder_rungs=1)
+    config = ten_steps(total_steps=2, decay_start_step=1, ladder_rungs=1)
     fine_tune(folder, config, output, callbacks=[Watch()], max_steps=2)
     return len(dist.distributed_c10d._world.pg_map) - before, all(seen)
 
@@ -210,7 +204,7 @@ def refused_with_sharded_weights() -> str:
     sharded = distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
     linear.weight = torch.nn.Parameter(sharded)
     with pytest.raises(TypeError) as error:
-        enable_sat(model, sat())
+        enable_sat(model, ten_steps())
     return str(error.value)
 
 

@@ -1,7 +1,6 @@
 """Runs of transformers' Trainer in one process."""
 
 import contextlib
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +8,19 @@ import pytest
 import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
-from megatron_sat import SATConfig
 from megatron_sat.hf import SATCallback, enable_sat
-from megatron_sat.hf.attach import find_attachment
 from megatron_sat.testing import mask_omitted
-from megatron_sat.testing.finetuning import fine_tune, logged, padded_records
+from megatron_sat.testing.finetuning import (
+    Recorder,
+    fine_tune,
+    logged,
+    padded_records,
+    ten_steps,
+    training_arguments,
+)
 from megatron_sat.testing.huggingface import build_model, write_model
-
-
-def sat(**changes: Any) -> SATConfig:
-    """Rate 0.5 up to step 6, 0.25 up to step 7, then dense; 10 steps."""
-    settings = {
-        "omission_rate": 0.5,
-        "total_steps": 10,
-        "decay_start_step": 6,
-        "ladder_rungs": 2,
-        "channel_multiple": 8,
-    }
-    return SATConfig(**(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +36,6 @@ def weights(trainer: Trainer) -> list[torch.Tensor]:
 def same_run(one: Trainer, other: Trainer) -> bool:
     """Losses and weights, bit for bit."""
     return logged(one) == logged(other) and all(map(torch.equal, weights(one), weights(other)))
-
-
-class Recorder(TrainerCallback):
-    """Keeps what SAT did in each step."""
-
-    def __init__(self) -> None:
-        self.states: list[Any] = []
-
-    @property
-    def checksums(self) -> list[str | None]:
-        return [state.checksum() for state in self.states]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.states.append(copy.deepcopy(find_attachment(kwargs["model"]).state))
 
 
 class Masks(TrainerCallback):
@@ -77,7 +55,7 @@ class Masks(TrainerCallback):
 @pytest.mark.parametrize("case", ["llama2", "mistral", "qwen2", "qwen3"])
 def test_rate_0_is_the_stock_trainer_bit_for_bit(tmp_path: Path, case: str) -> None:
     folder = write_model(tmp_path / "model", case)
-    config = sat(omission_rate=0.0, total_steps=20)
+    config = ten_steps(omission_rate=0.0, total_steps=20)
     runs = [fine_tune(folder, c, tmp_path, max_steps=20) for c in (None, config)]
     assert len(logged(runs[0])) == 20 and min(logged(runs[0])) < logged(runs[0])[0] - 0.2
     assert same_run(*runs)
@@ -110,7 +88,7 @@ def test_a_run_is_the_masked_dense_run(
     folder = write_model(tmp_path / "model", case)
     options = {"trainer_class": trainer_class, "max_steps": 5, "gradient_accumulation_steps": 2}
     options |= {"learning_rate": 1e-3}
-    config = sat(omission_rate=rate, total_steps=5, decay_start_step=4)
+    config = ten_steps(omission_rate=rate, total_steps=5, decay_start_step=4)
     recorder = Recorder()
     sparse = fine_tune(folder, config, tmp_path, callbacks=[recorder], **options)
     assert [checksum is None for checksum in recorder.checksums] == [False] * 4 + [True]
@@ -123,7 +101,7 @@ def test_a_run_is_the_masked_dense_run(
 def test_reports_show_the_rates(tmp_path: Path, llama: Path) -> None:
     trainer = fine_tune(
         llama,
-        sat(),
+        ten_steps(),
         tmp_path / "run",
         report_to="tensorboard",
         eval_strategy="steps",
@@ -148,7 +126,7 @@ def test_reports_show_the_rates(tmp_path: Path, llama: Path) -> None:
 
 def test_evaluation_is_dense(tmp_path: Path, llama: Path) -> None:
     losses = []
-    for config in (sat(), None):
+    for config in (ten_steps(), None):
         trainer = fine_tune(
             llama,
             config,
@@ -163,7 +141,7 @@ def test_evaluation_is_dense(tmp_path: Path, llama: Path) -> None:
 
 
 def test_the_model_is_as_it_was_at_the_end(tmp_path: Path, llama: Path) -> None:
-    trainer = fine_tune(llama, sat(), tmp_path / "sat")
+    trainer = fine_tune(llama, ten_steps(), tmp_path / "sat")
     stock = fine_tune(llama, None, tmp_path / "stock")
     assert [type(m) for m in trainer.model.modules()] == [type(m) for m in stock.model.modules()]
     trainer.save_model(str(tmp_path / "saved"))
@@ -185,7 +163,7 @@ def test_the_model_is_as_it_was_at_the_end(tmp_path: Path, llama: Path) -> None:
 def test_gradient_checkpointing_and_accumulation(
     tmp_path: Path, llama: Path, scope: str, reentrant: bool
 ) -> None:
-    config = sat(scope=scope)
+    config = ten_steps(scope=scope)
     options = {"gradient_accumulation_steps": 3}
     plain = fine_tune(llama, config, tmp_path, **options)
     options |= {"gradient_checkpointing": True}
@@ -198,7 +176,7 @@ def test_gradient_checkpointing_and_accumulation(
 def test_a_resumed_run_is_the_one_never_stopped(
     tmp_path: Path, llama: Path, selection: str, own_callbacks: bool
 ) -> None:
-    config = sat(selection=selection)
+    config = ten_steps(selection=selection)
     recorder = Recorder()
     saving = {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
     whole = fine_tune(llama, config, tmp_path / "whole", callbacks=[recorder], **saving)
@@ -231,7 +209,7 @@ class OwnTrainer(Trainer):
 def test_a_trainer_subclass_works(tmp_path: Path, llama: Path) -> None:
     recorder = Recorder()
     options = {"trainer_class": OwnTrainer, "max_grad_norm": 0.0}
-    trainer = fine_tune(llama, sat(), tmp_path, callbacks=[recorder], **options)
+    trainer = fine_tune(llama, ten_steps(), tmp_path, callbacks=[recorder], **options)
     assert len(set(recorder.checksums)) == 8
     assert logged(trainer, "sat_omission_rate")[0] == 0.5
     masked = fine_tune(llama, None, tmp_path, callbacks=[Masks(recorder.states)], **options)
@@ -240,7 +218,7 @@ def test_a_trainer_subclass_works(tmp_path: Path, llama: Path) -> None:
 
 def test_mixed_precision(tmp_path: Path, llama: Path) -> None:
     recorder = Recorder()
-    sparse = fine_tune(llama, sat(), tmp_path, callbacks=[recorder], bf16=True)
+    sparse = fine_tune(llama, ten_steps(), tmp_path, callbacks=[recorder], bf16=True)
     masked = fine_tune(llama, None, tmp_path, callbacks=[Masks(recorder.states)], bf16=True)
     assert logged(sparse) == pytest.approx(logged(masked), rel=1e-2)
     assert logged(sparse) != logged(masked)
@@ -251,7 +229,7 @@ def test_torch_compile(tmp_path: Path) -> None:
     llama = tmp_path / "model"
     build_model("llama3", changes={"num_hidden_layers": 1}).save_pretrained(llama)
     options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    config = sat(total_steps=2, decay_start_step=1, ladder_rungs=1)
+    config = ten_steps(total_steps=2, decay_start_step=1, ladder_rungs=1)
     plain = fine_tune(llama, config, tmp_path, **options)
     options |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     compiled = fine_tune(llama, config, tmp_path, **options)
@@ -265,7 +243,7 @@ def test_torch_compile(tmp_path: Path) -> None:
     enable_sat(model, config)
     trainer = Trainer(
         model=model,
-        args=arguments(tmp_path, max_steps=2, remove_unused_columns=False),
+        args=training_arguments(tmp_path, max_steps=2, remove_unused_columns=False),
         train_dataset=padded_records(),
         callbacks=[SATCallback(config)],
     )
@@ -274,32 +252,17 @@ def test_torch_compile(tmp_path: Path) -> None:
     torch._dynamo.reset()
 
 
-def arguments(output: Path, **changes: Any) -> TrainingArguments:
-    values: dict[str, Any] = {
-        "output_dir": str(output),
-        "max_steps": 10,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(**(values | changes))
-
-
 def test_a_model_made_by_the_trainer(tmp_path: Path) -> None:
     def model_init() -> Any:
         model = build_model("llama3")
-        enable_sat(model, sat())
+        enable_sat(model, ten_steps())
         return model
 
     trainer = Trainer(
         model_init=model_init,
-        args=arguments(tmp_path),
+        args=training_arguments(tmp_path),
         train_dataset=padded_records(),
-        callbacks=[SATCallback(sat())],
+        callbacks=[SATCallback(ten_steps())],
     )
     trainer.train()
     assert logged(trainer, "sat_omission_rate")[0] == 0.5
@@ -316,7 +279,7 @@ class OutOfMemory(Trainer):
 
 
 def test_a_batch_size_that_does_not_fit_leaves_no_ranking(tmp_path: Path, llama: Path) -> None:
-    config = sat(selection="static", omission_rate=0.8)
+    config = ten_steps(selection="static", omission_rate=0.8)
     found, given = Recorder(), Recorder()
     fine_tune(
         llama,
