@@ -367,19 +367,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, help="CSV file, appended to")
     parser.add_argument("--folder", help="where to write (default: the system's)")
-    parser.add_argument("--only", choices=FAULTS, help="cases of this fault alone")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, help="cases of these faults alone")
     parser.add_argument("--minutes", type=float, help="begin no case after so many")
     args = parser.parse_args()
     end = time.monotonic() + 60 * (args.minutes or 1e9)
     done = finished(read(args.output), args.seed)
     place = Path(tempfile.mkdtemp(dir=args.folder, prefix="faults-"))
     campaign = Campaign(place, args.seed)
-    due = [c for c in range(args.cases) if c not in done]
+    wanted = args.only or FAULTS
+    due = [c for c in range(args.cases) if c not in done and FAULTS[c % len(FAULTS)] in wanted]
     for case in tqdm(due, unit="case"):
         if time.monotonic() > end:
             break
-        if args.only not in (None, FAULTS[case % len(FAULTS)]):
-            continue
         row = campaign.run(case)
         is_new = not args.output.exists()
         with open(args.output, "a", newline="") as file:
