@@ -117,7 +117,8 @@ def run(main: Callable[[], object]) -> int:
         return ExitCode.MISTAKE
     finally:
         if dist.is_initialized() and not alone and sys.exc_info()[0] is None:
-            dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees an exit
+            with contextlib.suppress(RuntimeError):  # of a rank that is gone: the code stands
+                dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees it
             dist.destroy_process_group()
 
 

@@ -15,16 +15,22 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a folder and all that is in it, to the disk. Otherwise a crash of the
-    machine can leave a new name without what was written before it."""
-    for place in (path, *path.rglob("*")):
-        number = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+    """Make a file last, or the names in a folder: otherwise a crash of the machine can leave a new
+    name without what was written before it. OSError where the disk refuses."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder last, with all that is in it."""
+    for place in (*folder.rglob("*"), folder):
+        sync(place)

@@ -24,7 +24,7 @@ from megatron_sat.checkpoint.hf_config import (
 from megatron_sat.checkpoint.hf_tokenizer import check_tokenizer, write_tokenizer
 from megatron_sat.checkpoint.layout import Dims, Named
 from megatron_sat.training.config import DataConfig, HFDtype, ModelConfig
-from megatron_sat.whole_file import sync
+from megatron_sat.whole_file import sync, sync_tree
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest weights file, as `transformers` writes them."""
@@ -63,6 +63,7 @@ class HFExport:
             raise ValueError(f"--save-hf {self.target} exists; give a folder that does not")
         if self.source is not None:
             check_same_model(self.source, self.model)
+            _read_generation(self.source)
         check_tokenizer(self.data)
         assert self.family
 
@@ -153,8 +154,9 @@ class HFWriter:
             trust_remote_code=export.trust_remote_code,
         )
         _write_configs(export, tokens, self._folder)
-        sync(self._folder)
+        sync_tree(self._folder)
         self._folder.rename(export.target)
+        sync(export.target.parent)
 
 
 def _shapes(export: HFExport) -> dict[str, int]:
@@ -189,10 +191,21 @@ def _write_configs(export: HFExport, tokens: Mapping[str, int], folder: Path) ->
         _write_json(folder / _GENERATION, dict(tokens))
     elif (given := source.folder / _GENERATION).exists():
         if tokens:
-            generation = parse_json(given.read_text(encoding="utf-8"))
-            _write_json(folder / _GENERATION, with_tokens(generation, tokens))
+            _write_json(folder / _GENERATION, with_tokens(_read_generation(source), tokens))
         else:
             shutil.copyfile(given, folder / _GENERATION)
+
+
+def _read_generation(source: HFConfig) -> dict[str, Any]:
+    """The folder's generation config, empty where it has none. ValueError if it is damaged."""
+    path = source.folder / _GENERATION
+    try:
+        content = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it is a {type(content).__name__} and no object")
+    return content
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

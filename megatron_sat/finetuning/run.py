@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import strtobool
 
 from megatron_sat.finetuning.arguments import CommandLine, FinetuneArguments, parse
 from megatron_sat.finetuning.chat import DEFAULT_TEMPLATE, ChatEncoder
@@ -127,7 +128,9 @@ class _Began(TrainerCallback):
 def _join(command: CommandLine | None) -> None:
     """Meet the other ranks, if a launcher started several, and let DeepSpeed know of them."""
     training = {} if command is None else command.training
-    with_deepspeed = bool(training.get("deepspeed"))
+    with_deepspeed = bool(training.get("deepspeed")) or strtobool(
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not with_deepspeed:
         return
     on_gpu = torch.cuda.is_available() and not training.get("use_cpu")

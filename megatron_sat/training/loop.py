@@ -124,7 +124,6 @@ class Trainer:
                 self._train()
             except RunEnded as end:
                 if end.code != ExitCode.LOST_RANK:  # one with a fault of its own is gone by then
-                    self._watchdog.at("waiting for a checkpoint to be written", slow=True)
                     self._saver.conclude()
                 if end.code == ExitCode.WRONG_NUMBERS:
                     raise WrongNumbers(f"{end}; {self._saver.last_good}") from end

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from megatron_sat.whole_file import sync
+
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _BLOCK = 1 << 22
@@ -78,15 +80,6 @@ def hash_file(path: Path, *, on_read: Callable[[int], None] | None = None) -> En
             if on_read is not None:
                 on_read(count)
     return Entry(size, digest.hexdigest())
-
-
-def sync(path: Path) -> None:
-    """Make a file last, or the names in a folder. OSError where the disk refuses."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sync_and_hash(path: Path) -> Entry:

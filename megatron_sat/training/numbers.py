@@ -152,12 +152,13 @@ class Numbers:
         """The iteration of the checkpoint that was gone back to, or why there was none."""
         if self._saver.last_saved is None:
             return "there is no checkpoint yet"
-        stored = find_way_back(self._saver.last_saved, config=self._config)
+        stored = find_way_back(self._saver.last_saved, config=self._config, watchdog=self._watchdog)
         if isinstance(stored, str):
             return stored
         self._saver.last_saved = stored.folder  # later ones were damaged since
         if self._rolled_back_to.count(stored.folder) == MOST_ROLLBACKS:
             raise WrongNumbers(f"{why.strip()}, after {MOST_ROLLBACKS} rollbacks to one checkpoint")
+        self._watchdog.at(f"going back to {stored.folder.name}", slow=True)
         roll_back(self._engine, stored, config=self._config, state=self._state)
         self._rolled_back_to.append(stored.folder)
         return stored.progress.iteration

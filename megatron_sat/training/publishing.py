@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sat.training.checkpoint import LATEST, REPLACED, write_latest
-from megatron_sat.training.manifest import sync
 from megatron_sat.training.retention import remove
+from megatron_sat.whole_file import sync
 
 
 def collect(engine: Any, folder: Path, take: Callable[[Any, str], object]) -> Exception | None:

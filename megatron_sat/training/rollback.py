@@ -14,6 +14,7 @@ from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import RanksStopped, ranks_agree
 from megatron_sat.training.metrics import SpikeRecord
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.watchdog import Watchdog
 
 
 def snapshot_folder(config: TrainingConfig, iteration: int) -> Path | None:
@@ -33,11 +34,15 @@ def write_spike(folder: Path, record: SpikeRecord, *, losses: Iterable[float], l
             (folder / "spike.json").write_text(text + "\n")
 
 
-def find_way_back(folder: Path, *, config: TrainingConfig) -> StoredCheckpoint | str:
+def find_way_back(
+    folder: Path, *, config: TrainingConfig, watchdog: Watchdog
+) -> StoredCheckpoint | str:
     """The checkpoint `folder` of this run, or the newest complete one before it if it was damaged
     since; or, in words, why :func:`roll_back` could take none. Collective."""
     try:
-        stored = find_checkpoint(str(folder.parent), newest=folder, together=True)
+        stored = find_checkpoint(
+            str(folder.parent), newest=folder, together=True, watchdog=watchdog
+        )
     except RanksStopped as error:
         if not error.by_user:
             raise

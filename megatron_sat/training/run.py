@@ -74,7 +74,7 @@ def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
     """
     started = time.monotonic()
     with Signals() as signals:
-        config = auto_resume(start(argv))
+        config = start(argv)
         signals.rank = dist.get_rank()
         stopping = Stopping(
             signals=signals,
@@ -97,8 +97,13 @@ def _pretrain(
 ) -> Trainer | None:
     """`pretrain`, watched."""
     at = functools.partial(watchdog.at, slow=True)
-    at("checking the configuration")
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    at("waiting for the --save folder")
+    with ranks_agree("waiting for the --save folder"):
+        if rank == 0:
+            lock.take()
+    config = auto_resume(config)  # a run that still ends may have left a checkpoint until then
+    at("checking the configuration")
     stored: StoredCheckpoint | None = None
     weights: HFWeights | None = None
     resharding: Resharding | None = None
@@ -108,7 +113,6 @@ def _pretrain(
         deepspeed_config = build_deepspeed_config(config, world_size=world_size)
         check_paths(config, rank=rank)
         if rank == 0:
-            lock.take()
             check_save_folder(config)
         tokenizer = build_tokenizer(
             config.data.tokenizer_type,
@@ -140,12 +144,13 @@ def _pretrain(
             )
         elif config.checkpoint.load_hf is not None:
             weights = open_weights(config, padded_vocab=padded_vocab)
-        check_exports(
-            config,
-            padded_vocab=padded_vocab,
-            iteration=stored.progress.iteration if stored is not None and resuming else 0,
-            continues=continues(config),
-        )
+        if rank == 0:  # it writes them, where others may have other folders
+            check_exports(
+                config,
+                padded_vocab=padded_vocab,
+                iteration=stored.progress.iteration if stored is not None and resuming else 0,
+                continues=continues(config),
+            )
     at("making the process groups")
     initialize(config)
     topology = Topology.gather()

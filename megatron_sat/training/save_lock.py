@@ -3,7 +3,8 @@
 Rank 0 holds a POSIX lock on ``<save>/lock``. The kernel frees it when the process ends, however it
 ends, and a file server when it has lost the node: a crash leaves no obstacle, and no clocks have to
 agree. It belongs to the process and not to the open file, so that loader processes which outlive a
-killed rank do not keep it.
+killed rank do not keep it; and it is lost as soon as the process closes any descriptor of the file,
+so nothing but this module may open it.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ class SaveLock:
 
     def __init__(self, save: str | None) -> None:
         self._folder = None if save is None else Path(save)
-        self._descriptor: int | None = None
+        self._descriptors: list[int] = []
         self._made: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -40,11 +41,10 @@ class SaveLock:
     def __exit__(self, *_: object) -> None:
         if self._folder is None:
             return
-        if self._descriptor is not None:
+        if self._descriptors:
             with contextlib.suppress(OSError):
                 (self._folder / LOCK).unlink()
-            os.close(self._descriptor)
-            self._descriptor = None
+            _close(self._descriptors)
         for folder in self._made:
             with contextlib.suppress(OSError):  # by now there may be something in it
                 folder.rmdir()
@@ -70,7 +70,10 @@ class SaveLock:
                 time.sleep(0.1)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise ValueError(f"--save: {path} cannot be locked ({error.strerror})") from error
+                raise ValueError(
+                    f"--save {self._folder} cannot be written ({error.strerror}); give a folder "
+                    "that can"
+                ) from error
             print(
                 f"warning: --save {self._folder}: its file system has no locks ({error.strerror}), "
                 "so nothing keeps another run out of it",
@@ -80,29 +83,42 @@ class SaveLock:
 
     def _try(self, path: Path) -> bool:
         """Whether the lock is ours now. OSError as of `fcntl.lockf`, but where another has it."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        opened: list[int] = []
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have removed the file since it was opened here.
-            ours = os.path.samestat(os.fstat(descriptor), os.stat(path))
+            opened.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
         except OSError as error:
-            os.close(descriptor)
-            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
+            if error.errno != errno.ESTALE:
+                raise
+            return False
+        try:
+            fcntl.lockf(opened[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it may have removed the file since it was opened here. To open it again asks
+            # a file server, where a stat may be answered by a cache.
+            opened.append(os.open(path, os.O_RDWR))
+            ours = os.path.samestat(*map(os.fstat, opened))
+        except OSError as error:
+            _close(opened)
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOENT, errno.ESTALE):
                 raise
             return False
         if not ours:
-            os.close(descriptor)
+            _close(opened)
             return False
-        self._descriptor = descriptor
+        self._descriptors = opened
         holder = {
             "host": socket.gethostname(),
             "process": os.getpid(),
             "SLURM job": os.environ.get("SLURM_JOB_ID"),
         }
         with contextlib.suppress(OSError):  # of a full disk: it is for messages alone
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(holder).encode())
+            os.ftruncate(opened[0], 0)
+            os.write(opened[0], json.dumps(holder).encode())
         return True
+
+
+def _close(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
 
 
 def _holder(path: Path) -> str:

@@ -95,6 +95,7 @@ class CheckpointSaver:
         self._say = say
         self._failures: dict[str, int] = {}
         self._save: _Save | None = None
+        self._given_up = False
         self._memory = HostMemory() if config.checkpoint.async_save else None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saving")
         self._abandoned = threading.Event()
@@ -109,8 +110,9 @@ class CheckpointSaver:
         have the same one, :meth:`conclude` comes before."""
         assert kind is not None or self._save is None, "a save is in flight"
         self._abandoned.set()
-        self._thread.shutdown()
-        if self._memory is not None:
+        # A disk that hangs would have this wait for good.
+        self._thread.shutdown(wait=not self._given_up)
+        if self._memory is not None and not self._given_up:
             self._memory.close()
 
     def start(
@@ -196,13 +198,16 @@ class CheckpointSaver:
             if save.work.done():
                 self._watchdog.waits()
             concurrent.futures.wait([save.work], timeout=_POLL_SECONDS)
+        self._watchdog.at("completing a checkpoint", slow=True)
 
     def conclude(self) -> None:
         """Wait for the save in flight, if there is one, since the run ends for another reason: some
         minutes at most, and where it fails that is said and no more. Collective."""
+        self._watchdog.at("waiting for a checkpoint to be written", slow=True)
         for _ in range(int(_LAST_SECONDS / _POLL_SECONDS)):  # as often on all ranks
             if (save := self._save) is None:
                 return
+            self._watchdog.gets_on()  # this has a limit of its own
             concurrent.futures.wait([save.work], timeout=_POLL_SECONDS)
             if all_done(save.work):
                 try:
@@ -216,6 +221,7 @@ class CheckpointSaver:
                 f" WARNING: {self._save.folder} is given up, it is not written after "
                 f"{_LAST_SECONDS} s"
             )
+            self._save, self._given_up = None, True
 
     @property
     def last_good(self) -> str:
@@ -226,7 +232,8 @@ class CheckpointSaver:
 
     @contextlib.contextmanager
     def counted(self, what: str, *, last: bool) -> Iterator[None]:
-        """Count an I/O error in the block, of which all ranks know, as a save that failed.
+        """Count what keeps the block from its end, of which all ranks know, as a save that failed,
+        but for a fault of the program.
 
         Args:
             what: is saved there, for the message.
@@ -238,7 +245,7 @@ class CheckpointSaver:
         try:
             yield
         except RanksStopped as error:
-            if not error.by_disk:
+            if not error.by_user:
                 raise
             self._count(what, str(error), last=last)
         else:

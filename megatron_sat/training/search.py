@@ -253,7 +253,12 @@ def verify_contents(
     damage = verify(folder, names=names, on_read=on_read)
     sound = set(names) - {item.file for item in damage}
     for name in sorted(name for name in sound if name.endswith(".pt")):
-        if (fault := fault_of_pickle(folder / name)) is not None:
+        try:
+            fault = fault_of_pickle(folder / name)
+        except OSError as error:
+            damage.append(Damage(name, f"cannot be read ({error.strerror})", unread=True))
+            continue
+        if fault is not None:
             damage.append(Damage(name, f"is refused: it {fault}"))
     return damage
 

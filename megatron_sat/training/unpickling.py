@@ -35,7 +35,8 @@ _registry = threading.Lock()
 
 def fault_of_pickle(path: Path) -> str | None:
     """Why the file must not be unpickled, as "names os.system, ..."; None if it may. Runs nothing
-    of it, reads none of its tensors and never raises for what lies on disk."""
+    of it, reads none of its tensors and never raises for what lies on disk; OSError where the disk
+    cannot be read."""
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
@@ -57,6 +58,10 @@ def fault_of_pickle(path: Path) -> str | None:
                 names = ", ".join(sorted(unsafe))
                 return f"names {names}, which could run code; valid are tensors and plain values"
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        return f"cannot be opened ({error.strerror})"
+    except OSError:
+        raise
     except Exception as error:  # torch raises whatever the file provokes
         return f"cannot be opened as DeepSpeed's file ({reason(error)})"
     return None

@@ -35,7 +35,6 @@ from megatron_sat.stopping import report_error
 from megatron_sat.training.verdict import SHORT_SILENCE, SILENCE, Beat, Limits, Verdict
 
 _VERDICT = "verdict"
-_VERDICT = "verdict"
 
 
 class Watchdog:

@@ -19,7 +19,7 @@ from megatron_sat.vocabulary.merges import Growth, Merges, PairMerges, PieceMerg
 from megatron_sat.vocabulary.rows import Initialization, RowFiles, is_weight_file
 from megatron_sat.vocabulary.sentencepiece_file import SPACE, SentencePieceFile
 from megatron_sat.vocabulary.tokenizer_json import TokenizerJson
-from megatron_sat.whole_file import sync
+from megatron_sat.whole_file import sync_tree
 
 _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 # The same vocabulary in other files, which transformers reads only without tokenizer.json.
@@ -322,7 +322,7 @@ def _complete_or_absent(output: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        sync(partial)
+        sync_tree(partial)
         os.rename(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

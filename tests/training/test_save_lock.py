@@ -4,6 +4,7 @@ import errno
 import fcntl
 import functools
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -13,7 +14,7 @@ from unittest import mock
 import pytest
 
 from megatron_sat.testing.processes import Processes, start_processes
-from megatron_sat.testing.training import tiny_run
+from megatron_sat.testing.training import tiny_run, train_on_ranks
 from megatron_sat.training import save_lock
 from megatron_sat.training.metrics import METRICS_FILE
 from megatron_sat.training.save_lock import LOCK, SaveLock
@@ -119,3 +120,28 @@ def test_a_second_start_leaves_a_run_alone(tmp_path, tiny_data):
         count = len(lines())
         first.wait_until(lambda: len(lines()) > count, seconds=20)
         assert lines()[: len(before)] == before
+
+
+def hold_and_leave(folder: str, finished: str) -> None:
+    """Have the lock; once told to, leave the checkpoints of a run and end."""
+    with SaveLock(folder) as lock:
+        lock.take()
+        print("locked", flush=True)
+        while not os.path.exists(f"{finished}/go"):
+            time.sleep(0.05)
+        for path in os.listdir(finished):
+            shutil.move(f"{finished}/{path}", folder)
+
+
+def test_a_checkpoint_that_appears_while_a_start_waits_is_gone_on_from(tmp_path, tiny_data):
+    flags = "--train-iters 2 --lr-warmup-iters 0 --eval-iters 0 --auto-resume"
+    save, finished = tmp_path / "save", tmp_path / "finished"
+    train_on_ranks(tiny_run(tiny_data, flags, save=finished), 1)
+    argv = tiny_run(tiny_data, flags, save=save)
+    with start_processes(hold_and_leave, 1, str(save), str(finished)) as first:
+        holding(first)
+        with start_processes(trainer, 1, 60.0, argv) as second:
+            time.sleep(1.0)  # until it waits, or later
+            (finished / "go").touch()
+            assert second.wait(seconds=60) == [0], second.output(0)
+            assert "nothing is left to do" in second.output(0)
