@@ -196,7 +196,10 @@ def test_short_form_of_output():
     short = "iteration  5/20 | loss: 8.055 | tokens/s: 3937 | omission rate: 0.500 | ETA 0:00:16"
     assert in_short(line) == short
     assert in_short("   c           8.3740       4332.8      +0.0000") is not None
-    for other in ("[2030] [INFO] x", '  File "x.py", line 1', "    code", "Traceback", ""):
+    settings = " model: num_layers 2, hidden_size 64, qk_layernorm null, swiglu true"
+    deepspeed = ' deepspeed_config: {"train_batch_size": 8}'
+    foreign = ("[2030] [INFO] x", '  File "x.py", line 1', "    code", "Traceback", "")
+    for other in (settings, deepspeed, *foreign):
         assert in_short(other) is None
 
 

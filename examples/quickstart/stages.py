@@ -89,10 +89,10 @@ class Stages:
 
 def in_short(line: str) -> str | None:
     """A line of the trainer or of the tools, without what a reader of the quickstart can do
-    without; None for the lines of other packages."""
+    without; None for settings, which are long, and for the lines of other packages."""
     if line.startswith("wrote "):
         return line
-    if not re.match(r" (  )?\S", line):
+    if not re.match(r" (  )?\S", line) or re.match(r" [a-z_]+: ", line):
         return None
     parts = line.strip().split(" | ")
     if len(parts) == 1:

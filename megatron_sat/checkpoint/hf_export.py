@@ -154,6 +154,8 @@ class HFWriter:
             trust_remote_code=export.trust_remote_code,
         )
         _write_configs(export, tokens, self._folder)
+        for shard in self._folder.glob("*.safetensors"):  # written for their owner alone
+            shutil.copymode(self._folder / CONFIG, shard)
         sync_tree(self._folder)
         self._folder.rename(export.target)
         sync(export.target.parent)

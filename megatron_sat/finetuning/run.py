@@ -180,7 +180,8 @@ def _tokenizer(own: FinetuneArguments) -> Any:
     """The model's tokenizer, with a chat template and a token for padding."""
     folder = own.model_folder
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--model_name_or_path {folder}: there is no config.json in it")
+        what = "there is no config.json in it" if folder.is_dir() else "it is no folder"
+        raise ValueError(f"--model_name_or_path {folder}: {what}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
@@ -341,6 +342,8 @@ def _save(trainer: Trainer, command: CommandLine, tokenizer: Any) -> None:
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(partial)
+        for weights in partial.rglob("*.safetensors"):  # written for their owner alone
+            shutil.copymode(partial / "config.json", weights)
         partial.rename(tuned)
     trainer.accelerator.wait_for_everyone()
     logger.info(f"{tuned}: written")

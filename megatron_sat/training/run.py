@@ -64,6 +64,8 @@ from megatron_sat.training.topology import Topology
 from megatron_sat.training.validation import check_sat_layout
 from megatron_sat.training.watchdog import Watchdog
 
+_PARTS = {"attention": "attention", "mlp": "MLP"}
+
 
 def pretrain(argv: Sequence[str] | None = None) -> Trainer | None:
     """Continue a pre-training as the command line says (``sys.argv`` by default).
@@ -333,11 +335,19 @@ def _describe(
         )
         if any(state.kept_count(module, sat.omission_rate) for module in sat.modules):
             lines.append(" heads and channels are counted as --sat-autotune found them fast")
-        elif not any(left_out.values()):
-            lines.append(
-                " WARNING: nothing is left out: too few heads, and --sat-channel-multiple "
-                f"{sat.channel_multiple} is too coarse for these channels"
-            )
+        elif sat.omission_rate > 0.0:
+            lines += [
+                f" WARNING: nothing is left out of the {_PARTS[module]} at this rate: {why}"
+                for module, why in (
+                    ("attention", "its query groups have too few heads"),
+                    (
+                        "mlp",
+                        f"--sat-channel-multiple {sat.channel_multiple} is too coarse for its "
+                        f"{config.model.ffn_hidden_size} channels; give a smaller one",
+                    ),
+                )
+                if module in sat.modules and not left_out[module]
+            ]
     if stored is None and config.checkpoint.load_hf is not None:
         lines.append(f" weights of {config.checkpoint.load_hf}")
     if stored is not None:

@@ -77,6 +77,8 @@ def test_every_file_comes_back_to_the_byte(
     for name in names:
         assert (out / name).read_bytes() == (folder / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    # All of it for the same readers: safetensors writes for its owner alone.
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

@@ -83,6 +83,8 @@ def test_a_tuned_folder_is_an_ordinary_model(
     assert loss_of(tuned, trainer) == pytest.approx(evaluated[2], rel=1e-4)
     before, after = load_file(model / "model.safetensors"), load_file(tuned / "model.safetensors")
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    modes = {path.stat().st_mode for path in tuned.iterdir() if path.is_file()}
+    assert len(modes) == 1  # others may read all of it that they may read of what we write
     config = json.loads((tuned / "config.json").read_text())
     assert config["use_cache"] is True
     tokenizer = AutoTokenizer.from_pretrained(tuned)

@@ -72,7 +72,7 @@ def refused(model: Path, data: Path, output: Path, *flags: Any) -> str:
             "--method full --packing --train_sampling_strategy group_by_length",
             "--packing and --train_sampling_strategy group_by_length: give one",
         ),
-        ("--method full --model_name_or_path absent", "there is no config.json in it"),
+        ("--method full --model_name_or_path absent", "it is no folder"),
     ],
 )
 def test_flags(tmp_path: Path, model: Path, data: Path, flags: str, message: str) -> None:

@@ -72,6 +72,35 @@ def test_the_log_has_every_setting_once(tiny_data):
     assert filled["train_batch_size"] == 8 and filled["zero_optimization"]["stage"] == 3
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            "",
+            [
+                " WARNING: nothing is left out of the MLP at this rate: --sat-channel-multiple 128 "
+                "is too coarse for its 128 channels; give a smaller one"
+            ],
+        ),
+        (
+            "--sat-channel-multiple 16 --num-query-groups 8 --sat-modules mlp",
+            [],
+        ),
+        (
+            "--sat-channel-multiple 16 --sat-omission-rate 0.1",
+            [
+                " WARNING: nothing is left out of the attention at this rate: its query groups "
+                "have too few heads"
+            ],
+        ),
+    ],
+)
+def test_where_rounding_keeps_everything_it_is_said(tiny_data, flags, expected):
+    flags = f"--train-iters 3 --eval-iters 0 --sat-omission-rate 0.5 {flags}"
+    (output,) = run_on_ranks(said_by_a_run, 1, tiny_run(tiny_data, flags))
+    assert [line for line in output if line.startswith(" WARNING")] == expected
+
+
 def said_by_a_run(argv: list[str]) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         train(argv)
