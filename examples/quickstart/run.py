@@ -8,7 +8,6 @@ import argparse
 import os
 import shutil
 import signal
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from stages import StageFailed, Stages
 from tokenizer import train_tokenizer
 
 from megatron_sat.plot import draw, load_run, save_png
+from megatron_sat.ports import free_port
 from megatron_sat.schedule import OmissionSchedule
 from megatron_sat.training.arguments import parse_args
 
@@ -132,11 +132,8 @@ class Quickstart:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if self.gpus and visible:
             devices = ["--include", "localhost:" + ",".join(visible.split(",")[: self.gpus])]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-        return [*launcher, *devices, "--master_port", str(port)]
+        return [*launcher, *devices, "--master_port", str(free_port())]
 
     def _compare(self, dense: Path, sat: Path, schedule: OmissionSchedule) -> None:
         picture = self.work / "quickstart.png"

@@ -7,7 +7,6 @@ CPU.
 
 import multiprocessing
 import os
-import socket
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.checkpoint.hf_config import HFConfig, read_hf_config
 from megatron_sat.checkpoint.hf_import import HFWeights
 from megatron_sat.checkpoint.hf_reader import HFReader
+from megatron_sat.ports import free_port
 from megatron_sat.state import SATState
 from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.config import (
@@ -163,10 +163,8 @@ def _our_logits(
 ) -> Tensor:
     """`[tokens, vocabulary]`, from one process for each tensor-parallel rank."""
     ranks = config.parallel.tensor_model_parallel_size
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as place:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        probe.close()
+    with tempfile.TemporaryDirectory() as place:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         result = Path(place) / "logits.pt"
         # Ranks are forked by a server that has imported everything once, without threads.
         multiprocessing.set_forkserver_preload([__name__])

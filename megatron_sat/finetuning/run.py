@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -39,6 +38,7 @@ from megatron_sat.finetuning.methods import (
 from megatron_sat.finetuning.packing import PackCollator, Packs
 from megatron_sat.finetuning.records import Examples, load_examples
 from megatron_sat.hf.sharding import uses_deepspeed, uses_fsdp
+from megatron_sat.ports import free_port
 from megatron_sat.stopping import RanksStopped, ranks_agree
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _join(command: CommandLine | None) -> None:
     if "RANK" not in os.environ:
         # DeepSpeed has no other way to hear that there is one process.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
@@ -155,13 +155,6 @@ def _join(command: CommandLine | None) -> None:
         deepspeed.init_distributed(
             "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def _log_on_rank_0() -> None:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sat.testing.ranks import _describe, _free_port, _server
+from megatron_sat.ports import free_port
+from megatron_sat.testing.ranks import _describe, _server
 
 
 class Processes:
@@ -79,7 +80,7 @@ def start_processes(
     request = {
         "fork": world_size,
         "directory": str(directory),
-        "port": _free_port(),
+        "port": free_port(),
         "function": _describe(function),
         "arguments": list(args),
     }

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from megatron_sat.ports import free_port
+
 _SERVER_START_TIMEOUT = 300.0
 # How long other ranks may go on after one has failed. They mostly wait for it in a collective.
 _GRACE_AFTER_ERROR = 2.0
@@ -179,7 +181,7 @@ class _RankSet:
         pairs = [socket.socketpair() for _ in range(world_size)]
         with contextlib.ExitStack() as stack:
             theirs = [stack.enter_context(pair[1]) for pair in pairs]
-            request = {"fork": world_size, "directory": str(self._directory), "port": _free_port()}
+            request = {"fork": world_size, "directory": str(self._directory), "port": free_port()}
             self._connections = [Connection(pair[0].detach()) for pair in pairs]
             self._pids = server.ask(request, [end.fileno() for end in theirs])["pids"]
 
@@ -267,12 +269,6 @@ def _rank_set(world_size: int) -> _RankSet:
 def _close_servers() -> None:
     for server in _servers.values():
         server.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _tail(path: Path) -> str:

@@ -1,6 +1,5 @@
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sat.ports import free_port
 from megatron_sat.testing.training import write_indexed_data
 from tests.cluster.hosts import SEARCH_PATH, start_sshd, two_hosts
 from tests.cluster.runs import ITERATIONS, TRAINER, Cluster, results
@@ -40,11 +40,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``--save`` of the run that never stopped: two processes on this machine, no launcher."""
     save = tmp_path_factory.mktemp("reference") / "save"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     command = [sys.executable, TRAINER, *cluster.flags(save)]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with contextlib.ExitStack() as stack:
         ranks = []
         for rank in ("0", "1"):

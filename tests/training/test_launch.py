@@ -1,7 +1,6 @@
 """Starting a run as users do: plain python, torchrun, and the deepspeed launcher."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_sat.ports import free_port
 from megatron_sat.testing.training import tiny_run
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
@@ -58,15 +58,13 @@ def launcher(name: str) -> list[str]:
             "torch.distributed.run",
             "--nproc-per-node",
             "2",
-            *free_port(),
+            *at_free_port(),
         ]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", *free_port()]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", *at_free_port()]
 
 
-def free_port() -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return ["--master_port", str(probe.getsockname()[1])]
+def at_free_port() -> list[str]:
+    return ["--master_port", str(free_port())]
 
 
 def start(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
