@@ -234,6 +234,7 @@ def test_what_is_written_is_complete_or_absent(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
+    monkeypatch.setattr(hf_export, "sync_tree", synced.append)
     monkeypatch.setattr(hf_export, "sync", synced.append)
     plan = export(folder, folder.parent / "out")
     reader = HFReader(folder)
@@ -256,7 +257,8 @@ def test_what_is_written_is_complete_or_absent(
                 writer.add(name, reader.read(name, rows=(0, shape[0])))
         assert not plan.target.exists()
     assert sorted(entry.name for entry in folder.parent.iterdir()) == ["model", "out"]
-    assert synced == [folder.parent / "unfinished-out"]
+    # All of it before it has its name, and then the name.
+    assert synced == [folder.parent / "unfinished-out", folder.parent]
     with pytest.raises(ValueError, match=rf"--save-hf {plan.target} exists"):
         export(folder, plan.target)
 

@@ -121,7 +121,7 @@ def test_what_cannot_be_extended_is_refused_and_leaves_nothing(
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
         # What the disk does not take is known before the folder has its name.
-        patched.setattr(extension, "sync", full_disk)
+        patched.setattr(extension, "sync_tree", full_disk)
         extend_vocabulary(base=str(bases["json"]), pieces=greek["bpe"], output=str(output))
     assert not list(tmp_path.iterdir())
 
