@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.whole_file import sync, whole_file
+from megatron_sat.whole_file import sync_tree, whole_file
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, events: li
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
-    assert events == [f"sync {partial.name}", "replace a.json"]
+    # The name, too, has to outlive a crash of the machine.
+    assert events == [f"sync {partial.name}", "replace a.json", f"sync {tmp_path.name}"]
     with pytest.raises(RuntimeError, match="a fault"), whole_file(path) as partial:
         partial.write_text("half")
         raise RuntimeError("a fault")
@@ -46,5 +47,5 @@ def test_a_folder_is_synced_with_all_that_is_in_it(tmp_path: Path, events: list[
     (tmp_path / "one" / "two").mkdir(parents=True)
     (tmp_path / "one" / "a").touch()
     (tmp_path / "one" / "two" / "b").touch()
-    sync(tmp_path / "one")
+    sync_tree(tmp_path / "one")
     assert sorted(events) == ["sync a", "sync b", "sync one", "sync two"]

@@ -65,7 +65,7 @@ def launched(name: str, folder: Path, argv: list[str]) -> Iterator[Launched]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # to import, where others compile
         metrics = save / METRICS_FILE
         while not metrics.exists() or metrics.read_text().count('"train"') < 2:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
