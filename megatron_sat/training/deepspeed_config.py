@@ -285,12 +285,10 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
             "zero_optimization.reduce_bucket_size": min(bucket, LARGEST_PACKED_GRADIENT),
             # Norms and biases stay whole on every rank; no matrix of a real model does.
             "zero_optimization.stage3_param_persistence_threshold": 10 * config.model.hidden_size,
-            # An attention or MLP is fetched whole, by one hook instead of one for each of its
-            # modules, which small micro-batches wait for. Not whole layers: DeepSpeed takes such a
-            # module's inputs only as positional arguments, and Megatron-core passes names.
+            # A layer is fetched whole, by one hook instead of one for each of its modules, which
+            # small micro-batches wait for.
             "zero_optimization.leaf_module.classes": [
-                "megatron_sat.layers.attention.SATSelfAttention",
-                "megatron_sat.layers.mlp.SATMLP",
+                "megatron_sat.layers.layer.SATTransformerLayer"
             ],
             # It would replace torch.nn.functional.linear for the whole process.
             "zero_optimization.memory_efficient_linear": False,

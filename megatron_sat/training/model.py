@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -173,8 +174,18 @@ def build_model(
     if config.train_only is not None:
         with ranks_agree("choosing the parameters to train"):
             freeze_others(model, config.train_only)
+        model.embedding.register_forward_hook(_require_gradient)
     add_replicated_gradient_hooks(model)
     return model
+
+
+def _require_gradient(module: torch.nn.Module, inputs: object, embedded: Tensor) -> Tensor:
+    """Of what frozen embeddings give: without a gradient to pass on, the first layer would have no
+    backward pass where it is recomputed, and would end it, for DeepSpeed's hooks, before its
+    parameters have their gradients."""
+    if embedded.requires_grad or not torch.is_grad_enabled():
+        return embedded
+    return embedded.detach().requires_grad_()
 
 
 def freeze_others(model: torch.nn.Module, pattern: str) -> list[str]:
@@ -277,6 +288,8 @@ def build_engine(
     tensors that do not say that they are shards, so that those of all but the first
     tensor-parallel rank are left out.
     """
+    # Thousands of ranges a step, which nobody but Nsight Systems reads.
+    deepspeed.utils.nvtx.enable_nvtx = "NSYS_PROFILING_SESSION_ID" in os.environ
     optimizer = build_optimizer(model, config, deepspeed_config=deepspeed_config)
     wrapped = config.bf16 and config.parallel.zero_stage == 0
     if wrapped:

@@ -106,3 +106,25 @@ def test_a_pattern_that_names_nothing_is_refused(tiny_data):
         run_on_ranks(before_and_after, 2, tiny_run(tiny_data, f"{RUN}--train-only lm_head"))
     with pytest.raises(ValueError, match=r"--train-only '\(' is not a regular expression"):
         parse_args(tiny_run(tiny_data, "--train-only ("), world_size=1)
+
+
+@pytest.mark.parametrize("pattern", ["mlp", "layers", r"layers\.1\.", "linear_fc2|final_layernorm"])
+@pytest.mark.parametrize("recompute", ["", "--recompute-granularity full "])
+def test_layers_behind_frozen_ones_train_the_same_at_stage_3(
+    tmp_path, tiny_data, pattern, recompute
+):
+    """What goes into the first layer that trains needs no gradient itself, which is how
+    DeepSpeed's hooks tell the end of a layer's backward pass."""
+    if recompute:
+        recompute += "--recompute-method uniform --recompute-num-layers 1 "
+    flags = f"{RUN}--train-iters 4 --train-only {pattern} {recompute}"
+    runs = [
+        losses(
+            train_on_ranks(
+                tiny_run(tiny_data, f"{flags}--zero-stage {stage}", save=tmp_path / stage), 2
+            )
+        )
+        for stage in "03"
+    ]
+    assert runs[0][-1] < runs[0][0]
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
