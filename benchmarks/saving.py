@@ -4,8 +4,9 @@
 
 One run; intervals of the three forms take turns. An interval is a save and ``--interval`` steps,
 dense and on random tokens. That of ``--async-save`` ends when its checkpoint is complete, so a disk
-that is slower than the interval shows. The first turn, in which host memory is page-locked, is
-printed and not counted. ``added`` compares with the intervals without saving of the same turns.
+that is slower than the interval shows. One such interval comes first, in which host memory is
+page-locked, and is printed and not counted. ``added`` compares with the intervals without saving of
+the same turns.
 """
 
 import argparse
@@ -171,11 +172,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     step, size = 0, 0
     try:
-        for turn in range(1 + args.turns):  # one to warm up
+        for turn in range(1 + args.turns):
+            forms = FORMS if turn <= args.blocking_turns else FORMS[:2]
             measured = {}
-            for form in FORMS:
-                if form == "blocking" and turn > args.blocking_turns:
-                    continue
+            for form in ("async",) if turn == 0 else forms:
                 trainer = trainers[form]
                 measured[form] = interval(
                     trainer, batches, form=form, first=step, steps=args.interval
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     times = ", ".join(f"{k} {v:.3f} s" for k, v in measured[form].items())
                     print(f"turn {turn}, {form}: {times}", flush=True)
             if turn == 0:
-                folder = trainers["blocking"].last_saved or trainers["async"].last_saved
+                folder = trainers["async"].last_saved
                 assert folder is not None
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
                 continue

@@ -27,7 +27,6 @@ LARGEST_BUCKET = 200_000_000
 SMALLEST_BUCKET = 1_000_000
 # What has steps skipped whose gradients are not finite.
 _CHECKS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
-LARGEST_PACKED_GRADIENT = 4_000_000  # elements; at ZeRO stage 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,9 +279,9 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
     if stage == 3:
         defaults |= {
             "zero_optimization.stage3_prefetch_bucket_size": bucket,
-            # A gradient larger than this is reduced where it is; smaller ones are copied together,
-            # twice. Matrices of a real model are messages large enough by themselves.
-            "zero_optimization.reduce_bucket_size": min(bucket, LARGEST_PACKED_GRADIENT),
+            # The gradients of a layer come at once and are packed into one message. Into DeepSpeed's
+            # contiguous buffer they would be copied once more before.
+            "zero_optimization.contiguous_gradients": False,
             # Norms and biases stay whole on every rank; no matrix of a real model does.
             "zero_optimization.stage3_param_persistence_threshold": 10 * config.model.hidden_size,
             # A layer is fetched whole, by one hook instead of one for each of its modules, which
