@@ -279,8 +279,8 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
     if stage == 3:
         defaults |= {
             "zero_optimization.stage3_prefetch_bucket_size": bucket,
-            # The gradients of a layer come at once and are packed into one message. Into DeepSpeed's
-            # contiguous buffer they would be copied once more before.
+            # The gradients of a layer come at once and are packed into one message or two. Into
+            # DeepSpeed's contiguous buffer they would be copied once more before.
             "zero_optimization.contiguous_gradients": False,
             # Norms and biases stay whole on every rank; no matrix of a real model does.
             "zero_optimization.stage3_param_persistence_threshold": 10 * config.model.hidden_size,
