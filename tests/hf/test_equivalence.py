@@ -69,6 +69,7 @@ def run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor
     if "attention_mask" in inputs:
         logits = logits[inputs["attention_mask"].bool()]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(12))
+    weights = weights.to(logits.device)
     (logits * weights).sum().backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -182,6 +183,48 @@ def test_padding_free_batches_with_lengths(case: str) -> None:
         gradients.append({"logits": logits, **grads})
     for name, value in gradients[0].items():
         assert relative_error(value, gradients[1][name]) < 1e-5, name
+
+
+def attention_by_kernel(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """FlashAttention's varlen kernel, as PyTorch brings it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert mask is None
+    heads_per_group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
+    borders, longest = options["cu_seq_lens_q"], options["max_length_q"]
+    window = options.get("sliding_window")
+    context = varlen_attn(
+        *(x[0].transpose(0, 1).contiguous() for x in (query, key, value)),
+        *(borders, borders, longest, longest),
+        scale=options["scaling"],
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return context[None], None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rate", [0.5, 0.96])
+@pytest.mark.parametrize("case", ["llama2", "qwen3", "mistral"])
+def test_padding_free_batches_through_flash_attention(case: str, rate: float) -> None:
+    AttentionInterface.register("by-kernel", attention_by_kernel)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    inputs = collator([{"input_ids": list(range(size))} for size in (9, 3, 7)])
+    inputs.pop("labels")
+    inputs = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    sparse = build_model(case, attn_implementation="by-kernel").cuda().bfloat16().train()
+    dense = build_model(case, attn_implementation="sdpa").cuda().train()
+    dense.load_state_dict(sparse.state_dict())
+    state = enable_sat(sparse, sat(omission_rate=rate))
+    state.begin_step(1)
+    logits, gradients = run(sparse, inputs)
+    with mask_omitted(dense, state):
+        expected_logits, expected = run(dense, inputs)
+    assert relative_error(logits, expected_logits) < 2e-2
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < 4e-2, name
 
 
 @pytest.mark.parametrize("modules", [("attention",), ("mlp",)])
