@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_sat.ports import free_port
 from megatron_sat.testing.ranks import _describe, _server
 
@@ -72,10 +74,10 @@ def start_processes(
     """Run ``function(*args)`` in ``world_size`` new processes; what it returns is the exit code.
 
     Nothing is initialised but the environment: ``RANK``, ``WORLD_SIZE`` and what launchers set
-    beside them. On CPUs. ``args`` are plain values, as JSON has them; ``function`` is at the top
+    beside them; each has a GPU if there are enough. ``args`` are plain values, as JSON has them; ``function`` is at the top
     level of a module. Those that run when the block is left are killed.
     """
-    server = _server("cpu")
+    server = _server("cuda" if torch.cuda.device_count() >= world_size else "cpu")
     directory = Path(tempfile.mkdtemp(dir=server.directory))
     request = {
         "fork": world_size,

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_sat.testing.data import write_documents
 from megatron_sat.testing.ranks import run_on_ranks
 
 TINY_VOCABULARY = 128
+# Flags for what is to be equal bit for bit: on a GPU nothing else is.
+DETERMINISTIC = "--deterministic-mode " if torch.cuda.is_available() else ""
 
 
 def write_indexed_data(prefix: Path, *, documents: int = 120, seed: int = 1) -> Path:

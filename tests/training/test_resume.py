@@ -8,11 +8,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from megatron_sat.testing import RankError, run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import DETERMINISTIC, tiny_run, train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
@@ -52,8 +51,6 @@ def run_killed_and_resumed(argv: list[str], save: Path, world_size: int) -> list
     return train_on_ranks([*first, "--load", str(save)], world_size)
 
 
-# On a GPU nothing else is bit for bit.
-DETERMINISTIC = "--deterministic-mode " if torch.cuda.is_available() else ""
 CASES = {
     "data and tensor parallel, ZeRO 3": (
         4,
