@@ -74,8 +74,8 @@ def start_processes(
     """Run ``function(*args)`` in ``world_size`` new processes; what it returns is the exit code.
 
     Nothing is initialised but the environment: ``RANK``, ``WORLD_SIZE`` and what launchers set
-    beside them; each has a GPU if there are enough. ``args`` are plain values, as JSON has them; ``function`` is at the top
-    level of a module. Those that run when the block is left are killed.
+    beside them; each has a GPU if there are enough. ``args`` are plain values, as JSON has them;
+    ``function`` is at the top level of a module. Those that run when the block is left are killed.
     """
     server = _server("cuda" if torch.cuda.device_count() >= world_size else "cpu")
     directory = Path(tempfile.mkdtemp(dir=server.directory))
