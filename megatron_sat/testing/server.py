@@ -163,9 +163,14 @@ def _rank_main(fd: int, rank: int, world_size: int, device: str, request: dict[s
         with contextlib.suppress(EOFError):
             while True:
                 case = connection.recv()
+                if case is None:  # other ranks are wanted for now
+                    layout.end_groups()
+                    continue
                 os.ftruncate(log_fd, 0)
                 os.lseek(log_fd, 0, os.SEEK_SET)
                 connection.send_bytes(_answer(layout, case))
+                if layout.has_changed():  # takes a while: behind the answer
+                    layout.end_groups()
     except BaseException:
         traceback.print_exc()
     finally:
