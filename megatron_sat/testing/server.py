@@ -63,6 +63,7 @@ def serve(control_fd: int, *, device: str, folder: str) -> None:
         leave_all_reduce_to_gloo()
     gc.collect()
     _caches.extend(_find_caches())
+    gc.enable()
     gc.freeze()  # else every collection in a rank walks, and so copies, all that was imported
     with socket.socket(fileno=control_fd) as control:
         try:
