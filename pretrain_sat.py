@@ -3,10 +3,14 @@
 deepspeed pretrain_sat.py --help
 """
 
+import gc
 import sys
 
-from megatron_sat.training.initialize import run
-from megatron_sat.training.run import pretrain
-
 if __name__ == "__main__":
+    gc.disable()  # all that is imported stays; to look through it again and again takes a second
+    from megatron_sat.training.initialize import run
+    from megatron_sat.training.run import pretrain
+
+    gc.freeze()  # nor need later collections do it
+    gc.enable()
     sys.exit(run(pretrain))

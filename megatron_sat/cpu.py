@@ -2,9 +2,11 @@
 
 Megatron-core allocates on ``torch.cuda.current_device()`` and keeps CUDA random states for
 dropout. On a machine without a GPU both fail before any work is done. DeepSpeed compiles an
-all-reduce for CPUs. This is the one place where this project changes how another package behaves,
-and none of it is done where ranks are on GPUs.
+all-reduce for CPUs, and counts these anew at every turn. This is the one place where this project
+changes how another package behaves, and none of it is done where ranks are on GPUs.
 """
+
+import os
 
 import torch
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
@@ -29,6 +31,18 @@ def leave_all_reduce_to_gloo() -> None:
     import deepspeed.ops  # who needs Megatron-core alone does not wait for it
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def set_local_size() -> None:
+    """For ranks on CPUs: tell DeepSpeed how many there are on this host, as ``LOCAL_SIZE``, unless
+    that is set.
+
+    Else DeepSpeed asks ``numactl`` in every reduction of gradients under ZeRO-3 and so forks
+    dozens of times a step. srun says no such number; then all ranks count as one host's, which
+    makes a difference to quantized gradients alone, and those need a GPU.
+    """
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_SIZE", ranks)
 
 
 def _cpu_device() -> torch.device:

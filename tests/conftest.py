@@ -1,6 +1,10 @@
 """What every test starts from."""
 
+import gc
 import os
+
+# Until all tests are collected: what is imported stays, and looking through it takes seconds.
+gc.disable()
 
 # Before torch and triton are imported: ranks and tests share the cores, and without a GPU the
 # Triton kernels run in Triton's interpreter.
@@ -34,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the server of `run_on_ranks` import its packages while the first tests run."""
+    gc.freeze()
+    gc.enable()
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
     used = any(hasattr(module, "run_on_ranks") for module in modules)
     if used and not session.config.option.collectonly:

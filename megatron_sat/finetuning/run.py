@@ -148,10 +148,11 @@ def _join(command: CommandLine | None) -> None:
     if with_deepspeed:
         import deepspeed
 
-        from megatron_sat.cpu import leave_all_reduce_to_gloo
+        from megatron_sat.cpu import leave_all_reduce_to_gloo, set_local_size
 
         if not on_gpu:
             leave_all_reduce_to_gloo()
+            set_local_size()
         deepspeed.init_distributed(
             "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )

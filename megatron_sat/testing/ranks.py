@@ -29,10 +29,14 @@ from megatron_sat.ports import free_port
 _SERVER_START_TIMEOUT = 300.0
 # How long other ranks may go on after one has failed. They mostly wait for it in a collective.
 _GRACE_AFTER_ERROR = 2.0
+# Idle ranks keep their process groups, to begin a case at once, until others have been in use for
+# this long: waiting groups take processor time, too.
+_IDLE_WITH_GROUPS = 2.0
 _LOG_TAIL_CHARACTERS = 6000
 
 _SERVER_COMMAND = """
-import json, sys
+import gc, json, sys
+gc.disable()  # a fifth of the time that imports take; serve() freezes what they leave
 sys.path[:] = json.loads(sys.argv[1])
 from megatron_sat.testing.server import serve
 serve(int(sys.argv[2]), device=sys.argv[3], folder=sys.argv[4])
@@ -178,6 +182,7 @@ class _RankSet:
         self.server = server
         self._directory = Path(tempfile.mkdtemp(dir=server.directory))
         self._numbers = itertools.count()
+        self._last_answer: float | None = None
         pairs = [socket.socketpair() for _ in range(world_size)]
         with contextlib.ExitStack() as stack:
             theirs = [stack.enter_context(pair[1]) for pair in pairs]
@@ -189,6 +194,7 @@ class _RankSet:
         """Send a case to all ranks and gather what they answer."""
         deadline = time.monotonic() + timeout
         case["number"] = next(self._numbers)
+        self._last_answer = None
         answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
         waiting: dict[Any, int] = dict(zip(self._connections, itertools.count()))
@@ -215,7 +221,18 @@ class _RankSet:
             raise self._rank_error(failures, sorted(waiting.values()))
         if waiting:
             raise self._timeout_error(sorted(waiting.values()), timeout)
+        self._last_answer = time.monotonic()
         return [answers[rank] for rank in range(len(self._connections))]
+
+    def end_idle_groups(self) -> None:
+        """Have the ranks end their process groups if they have been idle; the next case makes
+        them anew."""
+        if self._last_answer is None or time.monotonic() - self._last_answer < _IDLE_WITH_GROUPS:
+            return
+        self._last_answer = None
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # it has ended: the next case will say so
+                connection.send(None)
 
     def _rank_error(self, failures: dict[int, str], waiting: list[int]) -> RankError:
         rank = min(failures)
@@ -263,6 +280,9 @@ def _rank_set(world_size: int) -> _RankSet:
     if world_size not in _sets:
         device = "cuda" if torch.cuda.device_count() >= world_size else "cpu"
         _sets[world_size] = _RankSet(_server(device), world_size)
+    for size, ranks in _sets.items():
+        if size != world_size:
+            ranks.end_idle_groups()
     return _sets[world_size]
 
 

@@ -45,8 +45,6 @@ from megatron_sat.cpu import enable_cpu_path, leave_all_reduce_to_gloo
 SEED = 1234
 MAX_PACKET = 1 << 16
 MAX_RANKS = 250  # as many file descriptors as fit into one message
-# Process groups that a case made outlive it, with their threads, until all groups are made anew.
-CASES_PER_LAYOUT = 20
 _PR_SET_PDEATHSIG = 1
 _caches: list[Any] = []
 
@@ -65,6 +63,7 @@ def serve(control_fd: int, *, device: str, folder: str) -> None:
         leave_all_reduce_to_gloo()
     gc.collect()
     _caches.extend(_find_caches())
+    gc.enable()
     gc.freeze()  # else every collection in a rank walks, and so copies, all that was imported
     with socket.socket(fileno=control_fd) as control:
         try:
@@ -131,6 +130,7 @@ def _become(rank: int, world_size: int, request: dict[str, Any]) -> int:
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),  # else DeepSpeed forks numactl all the time to count CPUs
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(request["port"]),
     )
@@ -163,9 +163,14 @@ def _rank_main(fd: int, rank: int, world_size: int, device: str, request: dict[s
         with contextlib.suppress(EOFError):
             while True:
                 case = connection.recv()
+                if case is None:  # other ranks are wanted for now
+                    layout.end_groups()
+                    continue
                 os.ftruncate(log_fd, 0)
                 os.lseek(log_fd, 0, os.SEEK_SET)
                 connection.send_bytes(_answer(layout, case))
+                if layout.has_changed():  # takes a while: behind the answer
+                    layout.end_groups()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -199,18 +204,14 @@ class _Layout:
         self._device = device
         self._directory = directory
         self._tensor_parallel = 0
-        self._cases = 0
-        self._groups: tuple[object, object] = (None, None)
+        self._groups: tuple[object, ...] = ()
 
     def prepare(self, number: int, tensor_parallel: int) -> None:
         """Make the state of a fresh process, reusing the groups if nobody changed them."""
-        if (
-            tensor_parallel != self._tensor_parallel
-            or self._cases == CASES_PER_LAYOUT
-            or self._current_groups() != self._groups
-        ):
+        if tensor_parallel != self._tensor_parallel or self.has_changed():
+            self.end_groups()
+        if not dist.is_initialized():
             self._initialize(number, tensor_parallel)
-        self._cases += 1
         deepspeed_groups.mpu = None  # an engine without one would inherit the last engine's
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
@@ -230,10 +231,20 @@ class _Layout:
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
-    def _initialize(self, number: int, tensor_parallel: int) -> None:
+    def has_changed(self) -> bool:
+        """Whether a case has ended, replaced or added groups, as a trainer that initialises
+        everything does."""
+        return self._current_groups() != self._groups
+
+    def end_groups(self) -> None:
+        """Those that a case made, too: each gloo group has a thread that wakes up a hundred times a
+        second."""
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             deepspeed.comm.destroy_process_group()
+        self._groups = self._current_groups()
+
+    def _initialize(self, number: int, tensor_parallel: int) -> None:
         backend = "nccl" if self._device == "cuda" else "gloo"
         if self._device == "cuda":
             torch.cuda.set_device(self._rank)
@@ -244,15 +255,18 @@ class _Layout:
             world_size=self._world_size,
         )
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_parallel, create_gloo_process_groups=False
+        )
         self._tensor_parallel = tensor_parallel
-        self._cases = 0
         self._groups = self._current_groups()
 
-    def _current_groups(self) -> tuple[object, object]:
-        """A case may end or replace these, as a trainer that initialises everything does."""
-        world = dist.group.WORLD if dist.is_initialized() else None
-        return world, parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    def _current_groups(self) -> tuple[object, ...]:
+        if not dist.is_initialized():
+            return ()
+        tensor_parallel = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+        # Private, but nothing else lists the groups; Megatron-core reads it as well.
+        return dist.group.WORLD, tensor_parallel, *dist.distributed_c10d._world.pg_map
 
 
 def _find_caches() -> list[Any]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_sat.cpu import enable_cpu_path, leave_all_reduce_to_gloo
+from megatron_sat.cpu import enable_cpu_path, leave_all_reduce_to_gloo, set_local_size
 from megatron_sat.stopping import RanksStopped, decided_by_first_rank, ranks_agree, run
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.config import TrainingConfig
@@ -105,6 +105,7 @@ def join(launch: Launch, *, timeout_minutes: int) -> None:
         )
     if not on_gpu:
         leave_all_reduce_to_gloo()
+        set_local_size()
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )

@@ -105,20 +105,48 @@ def test_a_case_finds_nothing_of_the_case_before() -> None:
     assert first[0][3:] == ("", False, torch.float32, True, None, os.getcwd())
 
 
-def threads_with_a_new_group() -> int:
-    dist.new_group()
-    return len(os.listdir("/proc/self/task"))
-
-
-def test_process_groups_of_many_cases_do_not_pile_up() -> None:
-    counts = [run_on_ranks(threads_with_a_new_group, 2)[0] for _ in range(25)]
-    assert counts[1] > counts[0] or counts[2] > counts[1]
-    assert any(later < earlier for earlier, later in itertools.pairwise(counts))
-
-
 def threads(pid: int) -> list[str]:
     """The names of a process's threads."""
     return sorted(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm"))
+
+
+def groups(pids: list[int], expected: int) -> int:
+    """How many process groups a rank has, in threads that serve one each; waits until there are no
+    more than ``expected``."""
+    deadline = time.monotonic() + 20
+    while True:
+        count = max(threads(pid).count("gloo_tcp_loop") for pid in pids)
+        if count <= expected or time.monotonic() > deadline:
+            return count
+        time.sleep(0.05)
+
+
+def with_a_new_group() -> int:
+    dist.new_group()
+    return os.getpid()
+
+
+# Megatron-core never lets go of one, which lives until it makes the next.
+KEPT = 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="looks at threads of gloo")
+def test_process_groups_end_with_the_case_that_made_some() -> None:
+    pids = run_on_ranks(os.getpid, 2)
+    assert groups(pids, 100) > 10
+    assert run_on_ranks(with_a_new_group, 2) == pids
+    assert groups(pids, KEPT) <= KEPT
+    assert [rank[0] for rank in run_on_ranks(layout, 2)] == pids  # and yet they go on
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="looks at threads of gloo")
+def test_idle_ranks_keep_no_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sat.testing.ranks._IDLE_WITH_GROUPS", 0.0)
+    pids = run_on_ranks(os.getpid, 2)
+    assert groups(pids, 100) > 10
+    run_on_ranks(layout, 1)
+    assert groups(pids, KEPT) <= KEPT
+    assert [rank[0] for rank in run_on_ranks(layout, 2)] == pids
 
 
 def threads_of_the_server() -> list[str]:

@@ -8,10 +8,13 @@ from megatron_sat.testing.training import tiny_run, train, train_on_ranks, write
 
 
 def threads(expected: int) -> int:
-    """How many threads this process has. Those that are about to end may take some seconds."""
-    deadline = time.monotonic() + 10
-    while (count := len(os.listdir("/proc/self/task"))) > expected and time.monotonic() < deadline:
+    """How many threads this process has, once they are no more than ``expected`` or none has ended
+    for two seconds: those that are about to end may take a while."""
+    count, last_change = len(os.listdir("/proc/self/task")), time.monotonic()
+    while count > expected and time.monotonic() < last_change + 2:
         time.sleep(0.05)
+        if (now := len(os.listdir("/proc/self/task"))) != count:
+            count, last_change = now, time.monotonic()
     return count
 
 

@@ -2,10 +2,12 @@ import contextlib
 import io
 import os
 import random
+from unittest import mock
 
 import numpy
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from megatron.core import parallel_state
 
 from megatron_sat.testing import RankError, run_on_ranks
@@ -13,11 +15,13 @@ from megatron_sat.training.initialize import (
     ModelParallelUnit,
     RanksStopped,
     initialize,
+    join,
     ranks_agree,
     run,
     set_seeds,
     start,
 )
+from megatron_sat.training.launch import Launch
 
 FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --train-iters 10 "
@@ -126,3 +130,21 @@ def test_plain_python_is_a_world_of_one():
     argv = [*FLAGS.split(), "--micro-batch-size", "1", "--deterministic-mode"]
     assert run_on_ranks(start_alone, 1, argv) == [(0, [1, True, ":4096:8"])]
     assert run_on_ranks(start_alone, 1, [*argv, "--lr", "-1"]) == [(2, [])]
+
+
+def forks_to_count_ranks(given: str | None) -> tuple[int, int]:
+    """How often DeepSpeed starts a process to count the ranks of this host, and the count."""
+    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+    for name in names:
+        os.environ.pop(name, None)
+    if given is not None:
+        os.environ["LOCAL_SIZE"] = given
+    with mock.patch("subprocess.Popen", side_effect=FileNotFoundError) as started:
+        join(Launch.from_environment(), timeout_minutes=1)
+        count = get_accelerator().device_count()
+    return started.call_count, count
+
+
+@pytest.mark.parametrize("given, count", [(None, 2), ("3", 3)])
+def test_ranks_on_cpus_are_counted_once(given: str | None, count: int):
+    assert run_on_ranks(forks_to_count_ranks, 2, given) == [(0, count)] * 2
