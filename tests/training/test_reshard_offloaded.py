@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights
+from megatron_sat.checkpoint.parts import is_on_nvme
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import train, train_on_ranks
 from megatron_sat.training.loop import Trainer
@@ -32,6 +33,8 @@ RUN = (
     "--sat-omission-rate 0.5 --sat-total-steps 60 --sat-decay-start-step 12 "
     "--sat-channel-multiple 16 --train-iters 24 "
 )
+# There, a matrix of a megabyte has twice as many entries.
+BFLOAT16 = f"{RUN}--bf16 --ffn-hidden-size 8192 --lr-warmup-iters 0 "
 SUB_GROUPS = {"sub_group_size": 300_000}
 SECOND = "cpu:0"
 """Stands for the GPU, where a part of the states stays."""
@@ -103,27 +106,51 @@ def states(save: Path, iteration: int, *, steps: int) -> dict[tuple[str, str], t
     }
 
 
-def save_offloaded_at_once(argv: list[str]) -> None:
-    with plain_offloading(device=SECOND):
-        save_at_once(argv)
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The save folder of three steps with all states on its ranks."""
+    save = tmp_path_factory.mktemp("bfloat16")
+    train_on_ranks(run_flags(tiny_data, f"{BFLOAT16}--train-iters 3", save=save), 2)
+    return save
 
 
-@pytest.mark.parametrize("place", places(Path()))
+def save_offloaded_at_once(argv: list[str]) -> tuple[int, int]:
+    """A resumed run that saves before its first step, and ends. Returns how many sub-groups and
+    parameters this rank had on NVMe."""
+    counts = []
+
+    def save(self: Trainer) -> None:
+        parameters = list(self.engine.module.parameters())
+        swapper = getattr(self.engine.optimizer, "optimizer_swapper", None)
+        counts.append(0 if swapper is None else len(swapper.swap_params_info))
+        counts.append(sum(is_on_nvme(parameter) for parameter in parameters))
+        self.save()
+
+    with plain_offloading(device=SECOND), mock.patch.object(Trainer, "train", save):
+        train(argv)
+    sub_groups, parameters = counts
+    return sub_groups, parameters
+
+
+@pytest.mark.parametrize(
+    ("place", "on_nvme"),
+    [("in part", (0, 0)), ("states on nvme", (3, 0)), ("parameters on nvme", (3, 2))],
+)
 def test_there_and_back_every_state_is_the_same_bit_for_bit(
-    at_once: Path, tmp_path: Path, tiny_data: Path, place: str
+    in_bfloat16: Path, tmp_path: Path, tiny_data: Path, place: str, on_nvme: tuple[int, int]
 ) -> None:
     settings = tmp_path / "deepspeed.json"
     settings.write_text(json.dumps({"zero_optimization": places(tmp_path)[place]}))
-    there = f"{TENSOR_PARALLEL}--deepspeed_config {settings} "
-    load = at_once
-    for name, flags in (("there", there), ("back", "")):
-        argv = run_flags(tiny_data, f"{RUN}{flags}--load {load}", save=tmp_path / name)
-        run_on_ranks(save_offloaded_at_once, 2, argv)
-        load = tmp_path / name
-    first, back = (states(save, 24, steps=24) for save in (at_once, tmp_path / "back"))
+    flags = f"{BFLOAT16}--train-iters 4 --load "
+    there = f"{flags}{in_bfloat16} {TENSOR_PARALLEL}--deepspeed_config {settings}"
+    argv = run_flags(tiny_data, there, save=tmp_path / "there")
+    assert run_on_ranks(save_offloaded_at_once, 2, argv) == [on_nvme, on_nvme]
+    argv = run_flags(tiny_data, f"{flags}{tmp_path / 'there'}", save=tmp_path / "back")
+    run_on_ranks(save_at_once, 2, argv)
+    first, back = (states(save, 3, steps=3) for save in (in_bfloat16, tmp_path / "back"))
     assert first.keys() == back.keys() and len(first) > 30
     for key, value in first.items():
-        assert torch.equal(value, back[key]), key
+        assert value.dtype == torch.float32 and torch.equal(value, back[key]), key
 
 
 def roll_back_at_once(argv: list[str]) -> list[float]:
