@@ -196,3 +196,17 @@ def test_the_way_back_from_a_spike_reads_what_is_on_nvme(
     first, last = (states(tmp_path / "run", iteration, steps=1) for iteration in (1, 3))
     for key, value in first.items():
         assert torch.equal(value, last[key]), key
+
+
+def test_parameters_on_nvme_that_are_not_trained_are_saved(tmp_path: Path, tiny_data: Path) -> None:
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"zero_optimization": places(tmp_path)["parameters on nvme"]}))
+    flags = f"{BFLOAT16}--train-iters 1 --train-only embedding|linear_fc2 "
+    train_on_ranks(run_flags(tiny_data, flags, save=tmp_path / "here"), 2)
+    argv = run_flags(tiny_data, f"{flags}--deepspeed_config {settings}", save=tmp_path / "there")
+    run_on_ranks(train_offloaded, 2, argv)
+    here, there = (DeepSpeedWeights(find_checkpoint(str(tmp_path / n))) for n in ("here", "there"))
+    for layer in range(2):
+        name = f"decoder.layers.{layer}.mlp.linear_fc1.weight"
+        assert torch.equal(here.read(name, rank=0), there.read(name, rank=0))
+        assert here.read(name, rank=0).count_nonzero() > 1_000_000
