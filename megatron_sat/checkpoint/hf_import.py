@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_sat.checkpoint.families import Family, dims
 from megatron_sat.checkpoint.hf_reader import Buffer, HFReader
 from megatron_sat.checkpoint.layout import Named, Piece, cut
-from megatron_sat.checkpoint.parts import BLOCK_BYTES, copy_blocks, own_part, row_blocks
+from megatron_sat.checkpoint.parts import BLOCK_BYTES, copy_blocks, own_part, own_range, row_blocks
 from megatron_sat.training.config import ModelConfig
 
 
@@ -60,8 +60,10 @@ class HFWeights:
         another. Types are converted; padding rows of the vocabulary become 0. ValueError, naming
         file and tensor, for values that are not finite.
         """
-        for target, first, block in _one_ahead(self._all_blocks(model, rank, size)):
-            copy_blocks(target, first, [block])
+        for parameter, block in _one_ahead(self._all_blocks(model, rank, size)):
+            first, _ = own_range(parameter)
+            with own_part(parameter) as target:
+                copy_blocks(target, first, [block])
 
     def _all_blocks(self, model: torch.nn.Module, rank: int, size: int) -> Iterator["_Block"]:
         sizes = dims(self.model, padded_vocabulary=self.padded_vocabulary)
@@ -74,17 +76,17 @@ class HFWeights:
             shape = named.layout.local_shape(sizes, rank, size)
             actual = tuple(getattr(parameter, "ds_shape", parameter.shape))
             assert actual == shape, f"{name} is {actual}, its layout {shape}"
-            target, first = own_part(parameter)
+            first, length = own_range(parameter)
             width = shape[1] if len(shape) == 2 else 1
-            last = min(first + target.numel(), shape[0] * width)
+            last = min(first + length, shape[0] * width)
             pieces = named.pieces(sizes, rank, size)
             for block in _blocks(self.reader, named, pieces, (first, last), width, buffers):
-                yield target, first, block
+                yield parameter, block
         assert not parameters, f"no layout for {', '.join(parameters)}"
 
 
-_Block = tuple[Tensor, int, tuple[int, Tensor]]
-"""A rank's part of a parameter, where it begins in the whole, and as in `copy_blocks`."""
+_Block = tuple[Tensor, tuple[int, Tensor]]
+"""A parameter, and a block of it as in `copy_blocks`."""
 
 
 def _one_ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:

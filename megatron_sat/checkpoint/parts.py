@@ -1,5 +1,6 @@
 """What a rank keeps of a parameter, as a flat piece of it that is filled block by block."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,13 +11,38 @@ BLOCK_BYTES = 16 * 2**20
 """Of a block of float32: large enough that a disk reads at full speed, small beside any model."""
 
 
-def own_part(parameter: Any) -> tuple[Tensor, int]:
-    """What this rank keeps of a parameter, flat, and where it begins in the whole: its ZeRO-3
-    partition, or all of it."""
+def own_range(parameter: Any) -> tuple[int, int]:
+    """Which of a parameter's flat entries this rank keeps, its ZeRO-3 partition or all: the first,
+    and how many. The last partitions go on beyond the parameter's end."""
     if not hasattr(parameter, "ds_tensor"):
-        return parameter.data.view(-1), 0
-    partition = parameter.ds_tensor.data
-    return partition, partition.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+        return 0, parameter.numel()
+    length = parameter.ds_tensor.ds_numel
+    return length * torch.distributed.get_rank(parameter.ds_process_group), length
+
+
+def is_on_nvme(parameter: Any) -> bool:
+    """Whether this rank's part is there and not in memory."""
+    on_disk = getattr(parameter, "nvme_swapper", None) is not None
+    return on_disk and parameter.ds_tensor.status.name != "AVAILABLE"
+
+
+@contextlib.contextmanager
+def own_part(parameter: Any, *, write: bool = True) -> Iterator[Tensor]:
+    """What this rank keeps of a parameter, flat, to be changed within the block, or with `write`
+    False only looked at. What ZeRO-3 has on NVMe is read before and written back behind it."""
+    if not hasattr(parameter, "ds_tensor"):
+        yield parameter.data.view(-1)
+        return
+    if not is_on_nvme(parameter):
+        yield parameter.ds_tensor.data
+        return
+    swapper = parameter.nvme_swapper
+    swapper.swap_in([parameter], async_op=False)
+    yield parameter.ds_tensor.data
+    if write:
+        swapper.swap_out_and_release([parameter])
+    else:
+        swapper.remove_partition_and_release_buffers([parameter])
 
 
 def row_blocks(first: int, last: int, *, width: int) -> Iterator[tuple[int, int]]:

@@ -24,6 +24,7 @@ from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.random_state import load_random_state
+from megatron_sat.training.sub_groups import share_adam
 
 if TYPE_CHECKING:
     from megatron_sat.training.reshard import Resharding
@@ -163,6 +164,7 @@ def _load_engine(engine: Any, stored: StoredCheckpoint, config: TrainingConfig) 
     path, _ = engine.load_checkpoint(str(stored.folder.parent), tag=stored.folder.name)
     if path is None:
         raise RuntimeError(f"DeepSpeed loaded nothing from {stored.folder}")
+    share_adam(engine)
     # DeepSpeed restores the stored groups with the states: the flags of this run decide.
     settings = config.optimizer
     for group in engine.optimizer.param_groups:

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.training.config import ModelConfig, TrainingConfig
-from megatron_sat.training.deepspeed_fields import check_fields
+from megatron_sat.training.deepspeed_fields import check_fields, json_value
+from megatron_sat.training.offloading import check_offloading, parameters_on_nvme
 
 # Sections whose work is done here by flags. DeepSpeed would act on some and ignore others.
 OWNED_SECTIONS = {
@@ -81,16 +82,6 @@ def _api_key(section: Mapping[str, Any], path: str = "") -> str | None:
         if isinstance(value, Mapping) and (found := _api_key(value, f"{path}{name}.")) is not None:
             return found
     return None
-
-
-def json_value(user: Mapping[str, Any], field: str) -> Any:
-    """The value at the dotted path `field`; None where it is absent or "auto"."""
-    value: Any = user
-    for key in field.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            return None
-        value = value[key]
-    return None if value == "auto" else value
 
 
 def settle(flag: str, given: Any, user: Mapping[str, Any], field: str, default: Any) -> Any:
@@ -204,13 +195,7 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
                 f'"{field}" in --deepspeed_config is false; valid: true, or a step whose gradients '
                 "are not finite would reach the weights"
             )
-    for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = json_value(result, f"zero_optimization.{section}.device")
-        if device not in (None, "none") and stage < least:
-            raise ValueError(
-                f'"zero_optimization.{section}" in --deepspeed_config is for "{device}", but '
-                f"--zero-stage is {stage}; valid: at least {least}"
-            )
+    check_offloading(result, stage=stage)
     _try_in_deepspeed(result)
     return result
 
@@ -249,12 +234,6 @@ class _OneRank:
         return 1
 
 
-def offloads_optimizer(deepspeed_config: Mapping[str, Any]) -> bool:
-    """Whether optimizer states live in CPU memory or on NVMe."""
-    device = json_value(deepspeed_config, "zero_optimization.offload_optimizer.device")
-    return device in ("cpu", "nvme")
-
-
 def _defaults(config: TrainingConfig) -> dict[str, Any]:
     """What the user's JSON may say otherwise."""
     stage = config.parallel.zero_stage
@@ -278,7 +257,10 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
         }
     if stage == 3:
         defaults |= {
-            "zero_optimization.stage3_prefetch_bucket_size": bucket,
+            # From NVMe DeepSpeed 0.19 fetches one by one: see `check_offloading`.
+            "zero_optimization.stage3_prefetch_bucket_size": (
+                0 if parameters_on_nvme(config.deepspeed_config) else bucket
+            ),
             # The gradients of a layer come at once and are packed into one message or two. Into
             # DeepSpeed's contiguous buffer they would be copied once more before.
             "zero_optimization.contiguous_gradients": False,

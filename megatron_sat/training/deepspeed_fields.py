@@ -97,6 +97,16 @@ FIELDS = {
 """DeepSpeed 0.19's fields, and what each holds."""
 
 
+def json_value(user: Mapping[str, Any], field: str) -> Any:
+    """The value at the dotted path `field`; None where it is absent or "auto"."""
+    value: Any = user
+    for key in field.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return None if value == "auto" else value
+
+
 def check_fields(user: Mapping[str, Any], *, where: str) -> None:
     """Refuse fields that DeepSpeed does not have, and values of another type; "auto" is any type.
 

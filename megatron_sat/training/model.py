@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_sat.layers import get_gpt_block_sat_spec
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.deepspeed_config import offloads_optimizer
 from megatron_sat.training.initialize import ModelParallelUnit, ranks_agree
+from megatron_sat.training.offloading import offloads_optimizer
+from megatron_sat.training.sub_groups import share_adam
 
 
 class SATGPTModel(GPTModel):
@@ -305,6 +306,7 @@ def build_engine(
     )
     if wrapped:
         optimizer.state.clear()
+    share_adam(engine)
     return engine
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sat.training.checkpoint import LATEST, REPLACED, write_latest
 from megatron_sat.training.retention import remove
+from megatron_sat.training.sub_groups import swapped_tensors_shown
 from megatron_sat.whole_file import sync
 
 
@@ -27,11 +28,16 @@ def collect(engine: Any, folder: Path, take: Callable[[Any, str], object]) -> Ex
 
     engine.checkpoint_engine = collector
     engine._copy_recovery_script = copy_recorded
+    # States on NVMe are saved with the others, and not as copies of swap files, which DeepSpeed
+    # would make beside them.
+    engine.zero_nvme_offload_optimizer = lambda: False
     try:
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        with contextlib.ExitStack() as shown:
+            collector.record(shown.enter_context, swapped_tensors_shown(engine))
+            engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     finally:
         engine.checkpoint_engine = collector.writer
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine.zero_nvme_offload_optimizer
     return collector.failure
 
 

@@ -69,7 +69,8 @@ def _is_kept_whole(parameter: Any) -> bool:
 
 
 def _shared(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What every tensor-parallel rank has the same of: all, or the same slice of it."""
+    """What every tensor-parallel rank has the same of: all, or the same slice of it. It is small,
+    and so never on NVMe."""
     return {
         name: local_part(parameter)
         for name, parameter in model.named_parameters()

@@ -7,27 +7,27 @@ than one tensor-parallel rank nor stage 0. Here every rank reads what it keeps s
 files, parameter by parameter.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights, Kind
-from megatron_sat.checkpoint.parts import own_part
+from megatron_sat.checkpoint.parts import own_part, own_range
 from megatron_sat.checkpoint.reshard import ReshardedStates, Shard
 from megatron_sat.importance import needs_statistic
 from megatron_sat.training.checkpoint import StoredCheckpoint, compare
 from megatron_sat.training.config import TrainingConfig
-from megatron_sat.training.deepspeed_config import json_value
+from megatron_sat.training.deepspeed_fields import json_value
 from megatron_sat.training.hf import update_secondary_partitions
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.masters import adam, fragments, stage0_masters
+from megatron_sat.training.offloading import OptimizerPlace, parameters_on_nvme
+from megatron_sat.training.sub_groups import sub_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,11 @@ class RunLayout:
     data_parallel: int
     tensor_parallel: int
     zero_stage: int
-    optimizer: "OptimizerPlace"
+    optimizer: OptimizerPlace
     round_robin: bool
     """A group's parameters lie in another order, dealt out to the data-parallel ranks."""
+    sub_group_size: int | None
+    """At stage 3, of what Adam steps as one tensor; None: DeepSpeed's default."""
     parameters_on_nvme: bool
     padded_vocab: int
 
@@ -53,9 +55,10 @@ class RunLayout:
             data_parallel=data_parallel,
             tensor_parallel=config.parallel.tensor_model_parallel_size,
             zero_stage=stage,
-            optimizer=OptimizerPlace.of(config),
+            optimizer=OptimizerPlace.of(config.deepspeed_config, stage=stage),
             round_robin=bool(dealt) and stage in (1, 2) and data_parallel > 1,
-            parameters_on_nvme=_zero_value(config, "offload_param.device") == "nvme",
+            sub_group_size=_zero_value(config, "sub_group_size") if stage == 3 else None,
+            parameters_on_nvme=parameters_on_nvme(config.deepspeed_config),
             padded_vocab=padded_vocab,
         )
 
@@ -65,62 +68,34 @@ class RunLayout:
         world_size, padded = (stored.run_state[n] for n in ("world_size", "padded_vocab_size"))
         return cls.of(stored.config, world_size=world_size, padded_vocab=padded)
 
+    @property
+    def uses_nvme(self) -> bool:
+        """DeepSpeed has states or parameters on NVMe, and cannot put them there again."""
+        return self.optimizer.device == "nvme" or self.parameters_on_nvme
+
     def __str__(self) -> str:
         notes = [f"ZeRO {self.zero_stage}"]
         if self.optimizer.device != "none":
-            notes.append(f"offloaded to {self.optimizer.device}")
+            share = f"{self.optimizer.ratio:.0%} " if self.optimizer.ratio < 1.0 else ""
+            notes.append(f"{share}offloaded to {self.optimizer.device}")
+        if self.sub_group_size is not None:
+            notes.append(f"sub-groups of {self.sub_group_size}")
+        if self.parameters_on_nvme:
+            notes.append("parameters on nvme")
         if self.round_robin:
             notes.append("round robin")
         return f"DP {self.data_parallel} x TP {self.tensor_parallel} ({', '.join(notes)})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerPlace:
-    """Where optimizer states are, and in whose order."""
-
-    device: str
-    """To which they are offloaded: "none", "cpu" or "nvme"."""
-    ratio: float
-    """The share of them that is."""
-    super_offload: bool
-    zenflow: bool
-
-    @classmethod
-    def of(cls, config: TrainingConfig) -> "OptimizerPlace":
-        """That of a run. What DeepSpeed does not look at is as if it were left out."""
-        device = _zero_value(config, "offload_optimizer.device") or "none"
-        ratio = _zero_value(config, "offload_optimizer.ratio")
-        stage3 = config.parallel.zero_stage == 3
-        in_part = stage3 and device != "none" and ratio is not None
-        return cls(
-            device=device,
-            ratio=ratio if in_part else 1.0,
-            super_offload=stage3 and bool(_zero_value(config, "offload_optimizer.super_offload")),
-            zenflow=_zero_value(config, "zenflow") is not None,
-        )
 
 
 def _zero_value(config: TrainingConfig, field: str) -> Any:
     return json_value(config.deepspeed_config, f"zero_optimization.{field}")
 
 
-# Fields of "zero_optimization" and what is valid. Otherwise Adam's states are where nothing here
-# reaches them,
-_REACHABLE: dict[str, tuple[Any, ...]] = {
-    "offload_optimizer.device": ("none", "cpu"),
-    "offload_optimizer.ratio": (1.0,),
-    "offload_optimizer.super_offload": (False,),
-    "zenflow": (),
-}
-# or parameters are not in memory when the model has been built.
-_FILLABLE = _REACHABLE | {"offload_param.device": ("none", "cpu")}
-
-
 class Resharding:
-    """Loads the checkpoint `stored` into a run of another layout.
+    """Loads the checkpoint `stored` into a run of another layout, or of one on NVMe.
 
     Raises:
-        ValueError: this cannot be done, with both values; or a file is missing or damaged, with
+        ValueError: the vocabularies differ, with both values; or a file is missing or damaged, with
             its name.
     """
 
@@ -128,17 +103,15 @@ class Resharding:
         self, stored: StoredCheckpoint, config: TrainingConfig, *, old: RunLayout, new: RunLayout
     ) -> None:
         load = f"--load {config.checkpoint.load}"
-        change = f"with another layout than the checkpoint's, {old}"
         compare(
             load,
             {"vocab_size": stored.config.model.vocab_size},
             {"vocab_size": config.model.vocab_size},
             "",
         )
-        _check_json(f"{load} was written with", stored.config, _REACHABLE, change)
-        _check_json("--deepspeed_config has", config, _FILLABLE, change)
         self._config = config
         self._old, self._new = old, new
+        self._model_is_filled = False
         self._weights: DeepSpeedWeights | None = DeepSpeedWeights(stored)
         self._weights_alone = config.finetune or config.checkpoint.no_load_optim
         self._step = None if self._weights_alone else self._weights.step
@@ -151,6 +124,8 @@ class Resharding:
 
     def describe(self) -> str:
         """One line for the log."""
+        if self._old == self._new:
+            return f"reading the states of {self._old} parameter by parameter"
         line = f"resharding from {self._old} to {self._new}"
         was, padded = self._old.padded_vocab, self._new.padded_vocab
         if was != padded:
@@ -175,90 +150,91 @@ class Resharding:
         with ranks_agree(f"loading {self._config.checkpoint.load}"):
             states = self._states()
             for name, parameter in model.named_parameters():
-                target, first = own_part(parameter)
-                states.fill(target, name, Shard.of(parameter), first=first)
+                first, _ = own_range(parameter)
+                with own_part(parameter) as target:
+                    states.fill(target, name, Shard.of(parameter), first=first)
         update_secondary_partitions(model)
+        self._model_is_filled = True
 
     def load_optimizer(self, engine: Any) -> None:
         """Give the engine's optimizer its states, unless the run leaves them behind, and in bf16
-        the master weights, which are no rounded ones. Collective; releases the files."""
+        the master weights, which are no rounded ones; at stage 3 without :meth:`load_model` before,
+        all weights. Collective; releases the files."""
         with ranks_agree(f"loading {self._config.checkpoint.load}"):
             states = self._states()
-            kinds: list[Kind] = ["weight"] if self._config.bf16 else []
+            weights = self._config.bf16 or not self._model_is_filled
+            kinds: list[Kind] = ["weight"] if weights else []
             if self._step is not None:
-                _start_adam(engine, self._step)
                 kinds += MOMENTS
-            masters = stage0_masters(engine)
-            parts = fragments(engine) if engine.zero_optimization_stage() in (1, 2) else {}
-            for name, parameter in engine.module.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                for kind in kinds:
-                    shard = Shard.of(parameter)
-                    if engine.zero_optimization_stage() == 3:
-                        partition = torch.empty(parameter.ds_tensor.numel())
-                        _, first = own_part(parameter)
-                        states.fill(partition, name, shard, first=first, kind=kind)
-                        _set_partition(parameter, partition, kind)
-                    elif engine.zero_optimization_stage() == 0:
-                        target = _kept(engine, masters.get(parameter, parameter), kind)
-                        states.fill(target, name, shard, kind=kind)
-                    elif (part := parts.get(parameter)) is not None:
-                        target = _kept(engine, part.flat, kind).narrow(0, part.start, part.length)
-                        states.fill(target, name, shard, first=part.first, kind=kind)
+            if engine.zero_optimization_stage() == 3:
+                self._fill_sub_groups(engine, states, kinds)
+            else:
+                self._fill_groups(engine, states, kinds)
         self._weights = None
 
+    def _fill_sub_groups(self, engine: Any, states: ReshardedStates, kinds: Sequence[Kind]) -> None:
+        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        for group in sub_groups(engine):
+            tensors: dict[Kind, Tensor] = {"weight": group.master.detach()}
+            if self._step is not None or not self._model_is_filled:
+                _start_adam(group.adam, [group.master], self._step or 0)
+                tensors |= {kind: group.adam.state[group.master][kind] for kind in MOMENTS}
+            for parameter, start in group.parts:
+                first, length = own_range(parameter)
+                shard = Shard.of(parameter)
+                for kind in kinds:
+                    target = tensors[kind].narrow(0, start, length)
+                    states.fill(target, names[parameter], shard, first=first, kind=kind)
+                if not self._model_is_filled:
+                    with own_part(parameter) as part:
+                        part.copy_(tensors["weight"].narrow(0, start, length))
 
-def _check_json(
-    whose: str, config: TrainingConfig, fields: Mapping[str, tuple[Any, ...]], change: str
-) -> None:
-    for field, valid in fields.items():
-        value = _zero_value(config, field)
-        if value is not None and value not in valid:
-            values = " or ".join(json.dumps(item) for item in valid) or "to leave it out"
-            raise ValueError(
-                f'{whose} "zero_optimization.{field}": {json.dumps(value)}; valid {change}: '
-                + values
-            )
+    def _fill_groups(self, engine: Any, states: ReshardedStates, kinds: Sequence[Kind]) -> None:
+        if self._step is not None:
+            for group in adam(engine).param_groups:
+                _start_adam(adam(engine), group["params"], self._step)
+        masters = stage0_masters(engine)
+        parts = fragments(engine) if engine.zero_optimization_stage() in (1, 2) else {}
+        for name, parameter in engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            shard = Shard.of(parameter)
+            for kind in kinds:
+                if engine.zero_optimization_stage() == 0:
+                    target = _kept(engine, masters.get(parameter, parameter), kind)
+                    states.fill(target, name, shard, kind=kind)
+                elif (part := parts.get(parameter)) is not None:
+                    target = _kept(engine, part.flat, kind).narrow(0, part.start, part.length)
+                    states.fill(target, name, shard, first=part.first, kind=kind)
 
 
 def plan_resharding(
     stored: StoredCheckpoint, config: TrainingConfig, *, world_size: int, padded_vocab: int
 ) -> Resharding | None:
     """How `stored` gets into a run on `world_size` ranks; None where DeepSpeed can load it, as the
-    layouts are the same. ValueError if it cannot be done."""
+    layouts are the same, and not on NVMe. ValueError if it cannot be done."""
     old = RunLayout.of_stored(stored)
     new = RunLayout.of(config, world_size=world_size, padded_vocab=padded_vocab)
-    return None if old == new else Resharding(stored, config, old=old, new=new)
+    if old == new and not new.uses_nvme:
+        return None
+    return Resharding(stored, config, old=old, new=new)
 
 
-def _start_adam(engine: Any, step: int) -> None:
-    """Adam's states as after `step` steps, with moments of zero."""
-    stepper = adam(engine)
-    for tensor in _optimized(engine):
-        on_device = stepper.defaults.get("fused") or stepper.defaults.get("capturable")
+def _start_adam(stepper: torch.optim.Optimizer, tensors: Iterable[Tensor], step: int) -> None:
+    """Adam's states of what it steps as after `step` steps, with moments of zero."""
+    on_device = stepper.defaults.get("fused") or stepper.defaults.get("capturable")
+    for tensor in tensors:
         count: int | Tensor = step
         if not isinstance(stepper, DeepSpeedCPUAdam):
             device = tensor.device if on_device else "cpu"
             count = torch.tensor(float(step), dtype=torch.float32, device=device)
-        moments = {kind: torch.zeros_like(tensor) for kind in MOMENTS}
-        stepper.state[tensor] = {"step": count, **moments}
-
-
-def _optimized(engine: Any) -> Iterator[Tensor]:
-    """The tensors that Adam steps."""
-    if engine.zero_optimization_stage() == 3:  # which names them to Adam only in a step
-        yield from engine.optimizer.fp32_partitioned_groups_flat
-    else:
-        for group in adam(engine).param_groups:
-            yield from group["params"]
-
-
-def _set_partition(parameter: Tensor, value: Tensor, kind: Kind) -> None:
-    if kind == "weight":
-        safe_set_local_fp32_param(parameter, value)
-    else:
-        safe_set_local_optimizer_state(parameter, value, kind)
+        state = stepper.state[tensor]
+        state["step"] = count
+        for kind in MOMENTS:
+            if kind in state:  # and known to DeepSpeed's swapper
+                state[kind].zero_()
+            else:
+                state[kind] = torch.zeros_like(tensor)
 
 
 def _kept(engine: Any, tensor: Tensor, kind: Kind) -> Tensor:

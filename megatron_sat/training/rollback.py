@@ -13,6 +13,7 @@ from megatron_sat.training.checkpoint import StoredCheckpoint, load_checkpoint
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import RanksStopped, ranks_agree
 from megatron_sat.training.metrics import SpikeRecord
+from megatron_sat.training.reshard import RunLayout, plan_resharding
 from megatron_sat.training.search import find_checkpoint
 from megatron_sat.training.watchdog import Watchdog
 
@@ -52,6 +53,9 @@ def find_way_back(
         or stored.run_state["world_size"] != dist.get_world_size()
     ):
         return f"{stored.folder} was written by other ranks"
+    was = RunLayout.of_stored(stored)
+    if was != RunLayout.of(config, world_size=dist.get_world_size(), padded_vocab=was.padded_vocab):
+        return f"{stored.folder} was written in another layout"
     return stored
 
 
@@ -61,9 +65,15 @@ def roll_back(
     """Bring parameters, optimizer, static rankings and random states to where `stored`, of
     :func:`find_way_back`, has them. Collective."""
     whole = replace(config.checkpoint, no_load_optim=False, no_load_rng=False)
-    load_checkpoint(
-        engine,
+    config = replace(config, finetune=False, checkpoint=whole)
+    on_nvme = plan_resharding(
         stored,
-        config=replace(config, finetune=False, checkpoint=whole),
-        state=state,
+        config,
+        world_size=dist.get_world_size(),
+        padded_vocab=stored.run_state["padded_vocab_size"],
     )
+    if on_nvme is not None:
+        engine.optimizer.checkpoint_event_prologue()
+    load_checkpoint(engine, stored, config=config, state=state, resharding=on_nvme)
+    if on_nvme is not None:
+        engine.optimizer.checkpoint_event_epilogue()

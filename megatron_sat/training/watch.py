@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sat.checkpoint.parts import own_part
 from megatron_sat.exit_codes import ExitCode, RunEnded
 
 WINDOW = 128
@@ -136,11 +137,11 @@ class SkippedSteps:
 def check_finite_parameters(model: torch.nn.Module, *, iteration: int) -> None:
     """WrongNumbers on all ranks if a parameter is not finite, before a checkpoint of it replaces a
     good one. Collective."""
-    names = [
-        name
-        for name, parameter in model.named_parameters()
-        if not bool(local_part(parameter).isfinite().all())
-    ]
+    names = []
+    for name, parameter in model.named_parameters():
+        with own_part(parameter, write=False) as part:
+            if not bool(part.isfinite().all()):
+                names.append(name)
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, names)
     wrong = {rank: found for rank, found in enumerate(reports) if found}
@@ -154,7 +155,8 @@ def check_finite_parameters(model: torch.nn.Module, *, iteration: int) -> None:
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: its slice under ZeRO-3, else all."""
+    """What this rank holds of a parameter: its slice under ZeRO-3, else all. Of what is on NVMe, a
+    stand-in."""
     part = getattr(parameter, "ds_tensor", None)
     return parameter.detach() if part is None else part.detach()
 

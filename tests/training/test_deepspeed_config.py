@@ -1,10 +1,12 @@
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron_sat.training.arguments import parse_args
-from megatron_sat.training.deepspeed_config import build_deepspeed_config, offloads_optimizer
+from megatron_sat.training.deepspeed_config import build_deepspeed_config
+from megatron_sat.training.offloading import offloads_optimizer
 
 FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --train-iters 10 "
@@ -171,6 +173,67 @@ def test_unknown_zero_field_is_refused_before_training(tmp_path):
         match=r'"zero_optimization.offload_optimizer.device" in .* is \'disk\': .*\'cpu\'',
     ):
         build(tmp_path, user, "--micro-batch-size", "1")
+
+
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
+STAGE_2 = ("--zero-stage", "2")
+
+
+@pytest.mark.parametrize(
+    ("zero", "flags", "named"),
+    [
+        (
+            {"zenflow": {"topk_ratio": 0.1}, "offload_optimizer": {"device": "cpu"}},
+            (),
+            r'"zero_optimization.zenflow" in --deepspeed_config is {"topk_ratio": 0.1}; valid: to '
+            "leave it out, since it counts micro-batches in a way of its own",
+        ),
+        (
+            {"offload_optimizer": {"device": "cpu", "super_offload": True}},
+            (),
+            r'"zero_optimization.offload_optimizer.super_offload" in --deepspeed_config is true; '
+            "valid: to leave it out, since it keeps optimizer states in another process",
+        ),
+        (
+            {"offload_optimizer": NVME},
+            STAGE_2,
+            'offload_optimizer" .* is for "nvme", but --zero-stage is 2; valid: at least 3',
+        ),
+        (
+            {"offload_param": NVME},
+            STAGE_2,
+            'offload_param" .* is for "nvme", but --zero-stage is 2; valid: at least 3',
+        ),
+        (
+            {"offload_param": {"device": "nvme"}},
+            (),
+            'offload_param" .* is for "nvme" and has no "nvme_path"; valid: a folder',
+        ),
+        (
+            {"offload_optimizer": NVME | {"ratio": 0.5}},
+            (),
+            'offload_optimizer.ratio" .* is 0.5; valid with the device "nvme": 1.0',
+        ),
+        (
+            {"offload_param": NVME, "stage3_prefetch_bucket_size": 1000},
+            (),
+            'stage3_prefetch_bucket_size" .* is 1000; valid with parameters on "nvme": 0, or to l',
+        ),
+        ({"offload_optimizer": NVME}, (), "nvme.* needs libaio and its headers; install libaio"),
+    ],
+)
+def test_offloading_that_is_not_supported_is_refused_before_any_run(tmp_path, zero, flags, named):
+    with (
+        mock.patch("deepspeed.ops.op_builder.AsyncIOBuilder") as builder,
+        pytest.raises(ValueError, match=named),
+    ):
+        builder().is_compatible.return_value = False
+        build(tmp_path, {"zero_optimization": zero}, "--micro-batch-size", "1", *flags)
+
+
+def test_offloading_that_is_off_is_not_refused(tmp_path):
+    off = {"zenflow": None, "offload_optimizer": {"device": "none", "super_offload": False}}
+    build(tmp_path, {"zero_optimization": off}, "--micro-batch-size", "1")
 
 
 def test_a_secret_is_refused_where_deepspeed_would_print_it(tmp_path):

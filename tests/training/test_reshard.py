@@ -9,20 +9,25 @@ from unittest import mock
 
 import pytest
 import torch
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors.torch import load_file
 
 from megatron_sat.checkpoint.convert import convert
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights
 from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.search import find_checkpoint
+from tests.training.resharding import (
+    TENSOR_PARALLEL,
+    difference,
+    metrics,
+    optimizer_files,
+    run_flags,
+    save_at_once,
+    train_offloaded,
+    training,
+)
 
-# Grouped queries with norms, tied embeddings, and a vocabulary that is padded to 132 rows at one
-# tensor-parallel rank and to 136 at two. Four micro-batches a step on each rank.
-MODEL = "--vocab-size 130 --make-vocab-size-divisible-by 4 --qk-layernorm --micro-batch-size 1 "
-TENSOR_PARALLEL = "--tensor-model-parallel-size 2 --micro-batch-size 2 "
 # Rungs end after steps 12, 15, 21 and 34: the ladder is in progress in all that follows.
 SAT = (
     "--train-iters 28 --lr 0.003 --lr-decay-iters 60 --sat-omission-rate 0.5 --sat-total-steps 60 "
@@ -31,21 +36,6 @@ SAT = (
 SHORT = (
     "--lr 0.003 --lr-warmup-iters 0 --lr-decay-style constant --lr-decay-iters 9 --eval-iters 0 "
 )
-
-
-def run_flags(data: Path, flags: str, *, save: Path | None = None) -> list[str]:
-    argv = tiny_run(data, MODEL + flags, save=save)
-    argv.remove("--untie-embeddings-and-output-weights")
-    return argv
-
-
-def training(lines: list[dict], after: int = 0) -> list[dict]:
-    return [line for line in lines if line["kind"] == "train" and line["iteration"] > after]
-
-
-def difference(lines: list[dict], reference: list[dict], name: str = "loss") -> float:
-    pairs = zip(lines, reference, strict=True)
-    return max(abs(line[name] - expected[name]) for line, expected in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +47,6 @@ def at_once(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> dict[s
         flags = f"{SAT}{layout}--save-interval 8"
         train_on_ranks(run_flags(tiny_data, flags, save=folders[name]), 2)
     return folders
-
-
-def metrics(save: Path) -> list[dict]:
-    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -93,35 +79,6 @@ def test_the_curve_goes_on_and_comes_back(
         assert torch.equal(tensor, exported[name]), name
     # Large enough a change that a run on the wrong weights, moments or data would show.
     assert expected[-1]["loss"] < training(reference)[8]["loss"] - 0.5
-
-
-def save_at_once(argv: list[str]) -> None:
-    """A resumed run that saves before its first step, and ends."""
-    with mock.patch.object(Trainer, "train", Trainer.save):
-        train(argv)
-
-
-def optimizer_files(save: Path) -> dict[str, Any]:
-    """What DeepSpeed wrote of the optimizer and of frozen parameters, by file, place and key."""
-    found: dict[str, Any] = {}
-
-    def collect(place: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if key != "cur_iter":  # of a loss scale, which bfloat16 does not have
-                    collect(f"{place} {key}", item)
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                collect(f"{place} {index}", item)
-        elif isinstance(value, torch.Tensor | int | float):
-            found[place] = value
-
-    for path in sorted(save.glob("global_step*/*_states.pt")):
-        states = torch.load(path, weights_only=False)
-        for name in ("optimizer_state_dict", "optimizer", "module", "frozen_param_fragments"):
-            collect(f"{path.name} {name}", states.get(name))
-        collect(path.name, {name: states.get(name) for name in ("global_steps", "skipped_steps")})
-    return found
 
 
 OTHER_MODULES = "--add-bias-linear --no-swiglu --normalization LayerNorm"
@@ -268,38 +225,6 @@ def test_two_by_two_ranks_go_on_from_four_by_one_and_back(
         assert [line[name] for line in run] == [line[name] for line in expected]
     # Large enough a change that a run on the wrong weights, moments or data would show.
     assert reference[5]["loss"] < reference[2]["loss"] - 0.1
-
-
-class PlainCPUAdam(DeepSpeedCPUAdam):
-    """DeepSpeed's optimizer of offloaded states, which counts in plain numbers, without its C++,
-    whose compilation takes a minute."""
-
-    def __init__(self, groups: Any, *, adamw_mode: bool, **defaults: Any) -> None:
-        assert adamw_mode
-        torch.optim.Optimizer.__init__(self, groups, {"amsgrad": False, **defaults})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    moments = {kind: torch.zeros_like(p) for kind in MOMENTS}
-                    state.update(step=0, **moments)
-                state["step"] += 1
-                assert type(state["step"]) is int
-                mean, square = (state[kind] for kind in MOMENTS)
-                mean.lerp_(p.grad, 1 - beta1)
-                square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-                p.mul_(1 - lr * group["weight_decay"])
-                p.addcdiv_(mean, root, value=-lr / (1 - beta1 ** state["step"]))
-
-
-def train_offloaded(argv: list[str]) -> None:
-    with mock.patch("megatron_sat.training.model.DeepSpeedCPUAdam", PlainCPUAdam):
-        train(argv)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

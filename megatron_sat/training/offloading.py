@@ -1,0 +1,114 @@
+"""Optimizer states and parameters off the GPU: what of DeepSpeed's JSON is valid.
+
+Every setting that is accepted trains as the others do, is saved whole, and can be left and entered
+by a resumed run. What DeepSpeed 0.19 has besides is refused when a run starts.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sat.bad_input import shorten
+from megatron_sat.training.deepspeed_fields import json_value
+
+_OPTIMIZER = "zero_optimization.offload_optimizer"
+_PARAMETERS = "zero_optimization.offload_param"
+_PREFETCH = "zero_optimization.stage3_prefetch_bucket_size"
+# Where DeepSpeed knows it: field, device, lowest ZeRO stage. At stages 1 and 2 it would keep on the
+# CPU what is meant for NVMe, and not say so.
+_LEAST_STAGES = (
+    (_OPTIMIZER, "cpu", 1),
+    (_OPTIMIZER, "nvme", 3),
+    (_PARAMETERS, "cpu", 3),
+    (_PARAMETERS, "nvme", 3),
+)
+
+
+_REFUSED = {
+    "zero_optimization.zenflow": (
+        "since it counts micro-batches in a way of its own, applies most gradients later than "
+        "others, and leaves states out of checkpoints"
+    ),
+    f"{_OPTIMIZER}.super_offload": (
+        "since it keeps optimizer states in another process, which no checkpoint has"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerPlace:
+    """Where optimizer states are."""
+
+    device: str
+    """To which they are offloaded: "none", "cpu" or "nvme"."""
+    ratio: float
+    """The share of them that is; the others stay on the GPU."""
+
+    @classmethod
+    def of(cls, deepspeed_config: Mapping[str, Any], *, stage: int) -> "OptimizerPlace":
+        """That of a run. What DeepSpeed does not look at is as if it were left out."""
+        device = json_value(deepspeed_config, f"{_OPTIMIZER}.device") or "none"
+        ratio = json_value(deepspeed_config, f"{_OPTIMIZER}.ratio")
+        in_part = stage == 3 and device == "cpu" and ratio is not None
+        return cls(device=device, ratio=float(ratio) if in_part else 1.0)
+
+
+def offloads_optimizer(deepspeed_config: Mapping[str, Any]) -> bool:
+    """Whether optimizer states live in CPU memory or on NVMe."""
+    return json_value(deepspeed_config, f"{_OPTIMIZER}.device") in ("cpu", "nvme")
+
+
+def parameters_on_nvme(deepspeed_config: Mapping[str, Any]) -> bool:
+    """Whether parameters are there that are not in use."""
+    return json_value(deepspeed_config, f"{_PARAMETERS}.device") == "nvme"
+
+
+def check_offloading(deepspeed_config: Mapping[str, Any], *, stage: int) -> None:
+    """ValueError for what is not supported, with field and value, and what would be valid."""
+    for field, reason in _REFUSED.items():
+        value = json_value(deepspeed_config, field)
+        if value is not None and value is not False:
+            raise ValueError(
+                f'"{field}" in --deepspeed_config is {shorten(json.dumps(value))}; valid: to leave '
+                f"it out, {reason}"
+            )
+    for section, device, least in _LEAST_STAGES:
+        if json_value(deepspeed_config, f"{section}.device") != device:
+            continue
+        if stage < least:
+            raise ValueError(
+                f'"{section}" in --deepspeed_config is for "{device}", but --zero-stage is '
+                f"{stage}; valid: at least {least}"
+            )
+        if device == "nvme":
+            _check_nvme(deepspeed_config, section)
+
+
+def _check_nvme(deepspeed_config: Mapping[str, Any], section: str) -> None:
+    if json_value(deepspeed_config, f"{section}.nvme_path") is None:
+        raise ValueError(
+            f'"{section}" in --deepspeed_config is for "nvme" and has no "nvme_path"; valid: a '
+            "folder on a local disk"
+        )
+    ratio = json_value(deepspeed_config, f"{section}.ratio")
+    if ratio not in (None, 1.0):
+        raise ValueError(
+            f'"{section}.ratio" in --deepspeed_config is {ratio}; valid with the device "nvme": 1.0'
+        )
+    # Ahead of time it swaps in twice what a step needs twice, as the last layer for its forward and
+    # its backward pass, and fails.
+    ahead = json_value(deepspeed_config, _PREFETCH)
+    if section == _PARAMETERS and ahead != 0:
+        raise ValueError(
+            f'"{_PREFETCH}" in --deepspeed_config is {ahead}; valid with parameters on "nvme": 0, '
+            "or to leave it out"
+        )
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not installed_ops.get("async_io") and not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            f'"{section}" in --deepspeed_config is for "nvme", which needs libaio and its headers; '
+            "install libaio-dev (libaio-devel)"
+        )
