@@ -55,8 +55,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     first_worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
     if wanted and first_worker and not session.config.option.collectonly:
         session.config.stash[COMPILING] = subprocess.Popen(
-            ["nice", sys.executable, "-W", "ignore", "-c", COMPILE],
-            stdout=subprocess.DEVNULL,
+            [sys.executable, "-W", "ignore", "-c", COMPILE], stdout=subprocess.DEVNULL
         )
 
 
