@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 # Until all tests are collected: what is imported stays, and looking through it takes seconds.
 gc.disable()
@@ -18,6 +20,10 @@ if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from megatron_sat.testing.ranks import start_server
+
+COMPILING = pytest.StashKey["subprocess.Popen[bytes]"]()
+# On all but the first call it waits for the first, if need be, and loads what there is.
+COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder as it; it().load(verbose=False)"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,13 +43,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let the server of `run_on_ranks` import its packages while the first tests run."""
+    """Let the server of `run_on_ranks` import its packages while the first tests run, and compile
+    what some tests need."""
     gc.freeze()
     gc.enable()
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
     used = any(hasattr(module, "run_on_ranks") for module in modules)
     if used and not session.config.option.collectonly:
         start_server()
+    wanted = any("cpu_adam" in getattr(item, "fixturenames", ()) for item in session.items)
+    first_worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    if wanted and first_worker and not session.config.option.collectonly:
+        session.config.stash[COMPILING] = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", COMPILE], stdout=subprocess.DEVNULL
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Compiling is not cut off: its lock would stay and stop all that come later."""
+    if COMPILING in session.config.stash:
+        session.config.stash[COMPILING].wait()
+
+
+@pytest.fixture(scope="session")
+def cpu_adam() -> None:
+    """DeepSpeed's optimizer of states on the CPU, compiled. Ranks would do it themselves, but take
+    longer than a case may."""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE],
+        capture_output=True,
+        check=True,
+    )
 
 
 @pytest.fixture(autouse=True)

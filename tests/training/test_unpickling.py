@@ -179,6 +179,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_deepspeed_writes_is_loaded(tmp_path: Path, tiny_data: Path, layout: str) -> None:
     flags = f"--train-iters 2 --lr-warmup-iters 0 --eval-iters 0 --zero-stage {layout} "
