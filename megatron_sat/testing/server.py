@@ -280,11 +280,16 @@ def _find_caches() -> list[Any]:
 
 
 def _forget_engines() -> None:
-    """Empty what DeepSpeed and Megatron-core fill, for the life of a process, with models.
+    """End what DeepSpeed and Megatron-core keep of models for the life of a process.
 
     Otherwise all their process groups would live on, whose threads wake up a hundred times a second
-    each. Under ZeRO-3 an engine must have been destroyed, too.
+    each. The hooks on its parameters keep an engine that nobody destroyed, as where a run raised.
     """
+    for engine in gc.get_objects():
+        # By its type: isinstance would import what lazy modules stand for.
+        if type(engine) is deepspeed.DeepSpeedEngine:
+            with contextlib.suppress(AttributeError):  # one that failed while it was made
+                engine.destroy()
     FWD_MODULE_STACK.clear()
     for function in _caches:
         function.cache_clear()
