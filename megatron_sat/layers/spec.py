@@ -11,7 +11,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_sat.layers.attention import SATCoreAttention, SATSelfAttention
 from megatron_sat.layers.communication import ScoreCommunicator
-from megatron_sat.layers.layer import SATTransformerLayer
 from megatron_sat.layers.linear import SATColumnParallelLinear, SATRowParallelLinear
 from megatron_sat.layers.mlp import SATMLP
 from megatron_sat.layers.norm import SATLayerNorm, SATRMSNorm
@@ -48,7 +47,6 @@ def get_gpt_layer_sat_spec(
     spec = get_gpt_layer_local_spec(normalization=normalization, qk_layernorm=qk_layernorm)
     sparse = {"state": state, "communicator": ScoreCommunicator(timeout=timeout)}
 
-    spec.module = SATTransformerLayer
     attention = spec.submodules.self_attention
     attention.module = SATSelfAttention
     attention.params = {**attention.params, **sparse, "rotary": FusedRotary()}

@@ -268,9 +268,7 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
             "zero_optimization.stage3_param_persistence_threshold": 10 * config.model.hidden_size,
             # A layer is fetched whole, by one hook instead of one for each of its modules, which
             # small micro-batches wait for.
-            "zero_optimization.leaf_module.classes": [
-                "megatron_sat.layers.layer.SATTransformerLayer"
-            ],
+            "zero_optimization.leaf_module.classes": ["megatron_sat.training.layer.LeafLayer"],
             # It would replace torch.nn.functional.linear for the whole process.
             "zero_optimization.memory_efficient_linear": False,
         }

@@ -20,6 +20,7 @@ from megatron_sat.layers import get_gpt_block_sat_spec
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ModelParallelUnit, ranks_agree
+from megatron_sat.training.layer import LeafLayer
 from megatron_sat.training.offloading import offloads_optimizer
 from megatron_sat.training.sub_groups import share_adam
 
@@ -139,8 +140,13 @@ def build_model(
     ValueError for what the layers do not support.
     """
     transformer = transformer_config(config)
+    spec = get_gpt_block_sat_spec(
+        transformer, state, timeout=datetime.timedelta(minutes=config.group_timeout_minutes)
+    )
     construction: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
+        for layer in spec.layer_specs:
+            layer.module = LeafLayer
         construction = deepspeed.zero.Init(
             data_parallel_group=parallel_state.get_data_parallel_group(),
             config_dict_or_path=dict(deepspeed_config),
@@ -152,11 +158,7 @@ def build_model(
     with construction:
         model = SATGPTModel(
             config=transformer,
-            transformer_layer_spec=get_gpt_block_sat_spec(
-                transformer,
-                state,
-                timeout=datetime.timedelta(minutes=config.group_timeout_minutes),
-            ),
+            transformer_layer_spec=spec,
             vocab_size=padded_vocab,
             max_sequence_length=config.model.max_position_embeddings,
             parallel_output=True,
@@ -175,15 +177,15 @@ def build_model(
     if config.train_only is not None:
         with ranks_agree("choosing the parameters to train"):
             freeze_others(model, config.train_only)
-        model.embedding.register_forward_hook(_require_gradient)
+        if config.parallel.recompute_granularity == "full":
+            model.embedding.register_forward_hook(_require_gradient)
     add_replicated_gradient_hooks(model)
     return model
 
 
 def _require_gradient(module: torch.nn.Module, inputs: object, embedded: Tensor) -> Tensor:
-    """Of what frozen embeddings give: without a gradient to pass on, the first layer would have no
-    backward pass where it is recomputed, and would end it, for DeepSpeed's hooks, before its
-    parameters have their gradients."""
+    """Of what frozen embeddings give: layers that are recomputed have no backward pass otherwise.
+    The gradient then goes through the frozen layers, too."""
     if embedded.requires_grad or not torch.is_grad_enabled():
         return embedded
     return embedded.detach().requires_grad_()
@@ -289,8 +291,9 @@ def build_engine(
     tensors that do not say that they are shards, so that those of all but the first
     tensor-parallel rank are left out.
     """
-    # Thousands of ranges a step, which nobody but Nsight Systems reads.
-    deepspeed.utils.nvtx.enable_nvtx = "NSYS_PROFILING_SESSION_ID" in os.environ
+    if "NSYS_PROFILING_SESSION_ID" not in os.environ:
+        # Thousands of ranges for profilers in each step. DeepSpeed has this switch and no setting.
+        deepspeed.utils.nvtx.enable_nvtx = False
     optimizer = build_optimizer(model, config, deepspeed_config=deepspeed_config)
     wrapped = config.bf16 and config.parallel.zero_stage == 0
     if wrapped:

@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
@@ -128,3 +129,24 @@ def test_layers_behind_frozen_ones_train_the_same_at_stage_3(
     ]
     assert runs[0][-1] < runs[0][0]
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+def layers_with_a_backward_pass(argv: list[str]) -> list[bool]:
+    passes: list[bool] = []
+    forward = TransformerLayer.forward
+
+    def watch(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        passes.append(output[0].requires_grad)
+        return output
+
+    with mock.patch.object(TransformerLayer, "forward", watch):
+        train(argv)
+    return passes
+
+
+@pytest.mark.parametrize("stage", "03")
+def test_frozen_layers_below_have_no_backward_pass(tiny_data, stage):
+    flags = f"{RUN}--train-iters 1 --num-layers 3 --zero-stage {stage} --global-batch-size 2 "
+    argv = tiny_run(tiny_data, flags + r"--train-only layers\.2\.")
+    assert run_on_ranks(layers_with_a_backward_pass, 1, argv) == [[False, False, True]]

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import get_z3_leaf_modules
 
 from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.training import tiny_run, train, train_on_ranks
@@ -68,12 +69,15 @@ def external_parameters_and_dropped_traces(argv: list[str]) -> tuple[int, list[i
         mock.patch.object(Trainer, "train_step", watch),
     ):
         trainer = train(argv)
-    modules = trainer.engine.module.modules()
+    model = trainer.engine.module
+    if "leaf_module" not in str(trainer.config.deepspeed_config):
+        assert get_z3_leaf_modules(model) == list(model.decoder.layers)
+    modules = model.modules()
     return sum(len(dict(m.ds_external_parameters())) for m in modules), dropped, len(checksums)
 
 
-# With leaf modules, the default, an attention or MLP has all its weights while it runs: only
-# without them would DeepSpeed notice one that is read outside its own linear.
+# With leaf modules, the default, a layer has all its weights while it runs: only without them would
+# DeepSpeed notice one that is read outside its own linear.
 NO_LEAF_MODULES = {"zero_optimization": {"leaf_module": {"classes": []}}}
 
 
