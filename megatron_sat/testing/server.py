@@ -212,6 +212,7 @@ class _Layout:
             self.end_groups()
         if not dist.is_initialized():
             self._initialize(number, tensor_parallel)
+            _forget_engines()
         deepspeed_groups.mpu = None  # an engine without one would inherit the last engine's
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
@@ -283,13 +284,15 @@ def _forget_engines() -> None:
     """End what DeepSpeed and Megatron-core keep of models for the life of a process.
 
     Otherwise all their process groups would live on, whose threads wake up a hundred times a second
-    each. The hooks on its parameters keep an engine that nobody destroyed, as where a run raised.
+    each. The hooks on its parameters keep an engine that nobody destroyed, as where a run raised;
+    one whose case has ended the process groups, which DeepSpeed wants for that, is left for later.
     """
-    for engine in gc.get_objects():
-        # By its type: isinstance would import what lazy modules stand for.
-        if type(engine) is deepspeed.DeepSpeedEngine:
-            with contextlib.suppress(AttributeError):  # one that failed while it was made
-                engine.destroy()
+    if dist.is_initialized():
+        for engine in gc.get_objects():
+            # By its type: isinstance would import what lazy modules stand for.
+            if type(engine) is deepspeed.DeepSpeedEngine:
+                with contextlib.suppress(AttributeError):  # one that failed while it was made
+                    engine.destroy()
     FWD_MODULE_STACK.clear()
     for function in _caches:
         function.cache_clear()
