@@ -22,6 +22,7 @@ _NONE_AHEAD = (
     "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_max_reuse_distance",
 )
+_STATE_BUFFERS = f"{_OPTIMIZER}.buffer_count"
 _DEFAULT_BUFFERS = 5
 _DEFAULT_BUFFER_SIZE = 100_000_000
 _LEAST_BYTES = 2**20
@@ -77,7 +78,17 @@ def parameters_on_nvme(deepspeed_config: Mapping[str, Any]) -> bool:
 
 def defaults_on_nvme(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
     """What NVMe needs to be other than DeepSpeed's defaults, by field."""
-    return dict.fromkeys(_NONE_AHEAD, 0) if parameters_on_nvme(deepspeed_config) else {}
+    defaults = dict.fromkeys(_NONE_AHEAD, 0) if parameters_on_nvme(deepspeed_config) else {}
+    if json_value(deepspeed_config, f"{_OPTIMIZER}.device") == "nvme":
+        defaults[_STATE_BUFFERS] = _state_buffers(deepspeed_config)
+    return defaults
+
+
+def _state_buffers(deepspeed_config: Mapping[str, Any]) -> int:
+    """How many the optimizer's step takes: for the weights, the gradients and the two moments of a
+    sub-group, of the next one that is read and of the last one that is written meanwhile."""
+    fields = (f"{_OPTIMIZER}.{name}" for name in ("pipeline_read", "pipeline_write"))
+    return 4 * (1 + sum(json_value(deepspeed_config, field) is True for field in fields))
 
 
 def check_offloading(deepspeed_config: Mapping[str, Any], *, stage: int) -> None:
@@ -117,6 +128,16 @@ def _check_nvme(deepspeed_config: Mapping[str, Any], section: str) -> None:
             raise ValueError(
                 f'"{field}" in --deepspeed_config is {ahead}; valid with parameters on "nvme": 0, '
                 "or to leave it out"
+            )
+    if section == _OPTIMIZER:
+        count, needed = (
+            json_value(deepspeed_config, _STATE_BUFFERS),
+            _state_buffers(deepspeed_config),
+        )
+        if count < needed:
+            raise ValueError(
+                f'"{_STATE_BUFFERS}" in --deepspeed_config is {count}; valid with its '
+                f'"pipeline_read" and "pipeline_write": at least {needed}, or to leave it out'
             )
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder

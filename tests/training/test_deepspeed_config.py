@@ -224,6 +224,11 @@ STAGE_2 = ("--zero-stage", "2")
             (),
             'stage3_max_reuse_distance" .* is 1000000000.0; valid with parameters on "nvme": 0, o',
         ),
+        (
+            {"offload_optimizer": NVME | {"pipeline_write": True, "buffer_count": 7}},
+            (),
+            'offload_optimizer.buffer_count" .* is 7; valid with its "pipeline_.*: at least 8, or',
+        ),
         ({"offload_optimizer": NVME}, (), "nvme.* needs libaio and its headers; install libaio"),
     ],
 )
@@ -234,6 +239,22 @@ def test_offloading_that_is_not_supported_is_refused_before_any_run(tmp_path, ze
     ):
         builder().is_compatible.return_value = False
         build(tmp_path, {"zero_optimization": zero}, "--micro-batch-size", "1", *flags)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 4),
+        ({"pipeline_read": True}, 8),
+        ({"pipeline_read": True, "pipeline_write": True, "buffer_count": "auto"}, 12),
+        ({"pipeline_read": True, "pipeline_write": True, "buffer_count": 13}, 13),
+    ],
+)
+def test_buffers_for_states_are_as_many_as_a_pipeline_takes(tmp_path, settings, count):
+    user = {"zero_optimization": {"offload_optimizer": NVME | settings}}
+    with mock.patch("deepspeed.ops.op_builder.AsyncIOBuilder"):
+        built = build(tmp_path, user, "--micro-batch-size", "1")
+    assert built["zero_optimization"]["offload_optimizer"]["buffer_count"] == count
 
 
 # The matrices of a layer have (3 x 4096, 4096, 2 x 11008 and 11008) x 4096 entries, the embedding

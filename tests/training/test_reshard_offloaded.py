@@ -43,7 +43,7 @@ SECOND = "cpu:0"
 def places(nvme: Path) -> dict[str, dict[str, Any]]:
     """Settings of "zero_optimization"."""
     on_nvme = {"device": "nvme", "nvme_path": str(nvme)}
-    pipelined = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
+    pipelined = {"pipeline_read": True, "pipeline_write": True}
     # Just enough for the one matrix of a layer that is large enough.
     in_memory = {"max_in_cpu": 0, "buffer_size": 2**19, "buffer_count": 1}
     return {
