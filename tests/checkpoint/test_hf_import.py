@@ -1,5 +1,6 @@
 """What a rank reads of a folder, and what it holds while it does, as the system counts them."""
 
+import contextlib
 import json
 import os
 import threading
@@ -124,12 +125,20 @@ def load_on_nvme(argv: list[str]) -> tuple[int, list[int], bool]:
             load_weights(model, weights)
         written = [parameter.ds_id for ((parameter,),), _ in write.call_args_list]
         rows = load_file(weights.reader.folder / "model.safetensors")["model.embed_tokens.weight"]
-        with own_part(model.embedding.word_embeddings.weight, write=False) as part:
+        embedding = model.embedding.word_embeddings.weight
+        # More often than there are buffers, which an error is to give back.
+        for _ in range(6):
+            with contextlib.suppress(OSError), own_part(embedding) as part:
+                part.zero_()
+                raise OSError
+        with own_part(embedding, write=False) as part:
             same = torch.equal(part, rows.flatten())
     return len(swapped), [written.count(name) for name in swapped], same
 
 
-def test_what_is_on_nvme_is_written_once(folder: Path, tmp_path: Path) -> None:
+def test_what_is_on_nvme_is_written_once_and_not_at_all_where_that_fails(
+    folder: Path, tmp_path: Path
+) -> None:
     buffers = {"buffer_size": LARGEST // 2, "max_in_cpu": 0}
     place = {"device": "nvme", "nvme_path": str(tmp_path)} | buffers
     settings = tmp_path / "deepspeed.json"
