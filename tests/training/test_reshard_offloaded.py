@@ -10,7 +10,7 @@ import torch
 
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights
 from megatron_sat.checkpoint.parts import is_on_nvme
-from megatron_sat.testing import run_on_ranks
+from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.training import train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.rollback import roll_back
@@ -213,3 +213,25 @@ def test_parameters_on_nvme_that_are_not_trained_are_saved(tmp_path: Path, tiny_
         name = f"decoder.layers.{layer}.mlp.linear_fc1.weight"
         assert torch.equal(here.read(name, rank=0), there.read(name, rank=0))
         assert here.read(name, rank=0).count_nonzero() > 1_000_000
+
+
+def train_as_deepspeed_does(argv: list[str]) -> None:
+    """What stays on the GPU is stepped by an Adam of its own, whose states are not saved."""
+    with mock.patch("megatron_sat.training.model.share_adam"):
+        train_offloaded(argv, device=SECOND)
+
+
+def test_states_that_were_not_saved_are_not_started_anew_in_silence(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"zero_optimization": places(tmp_path)["in part"]}))
+    flags = f"{RUN}--deepspeed_config {settings} --train-iters "
+    argv = run_flags(tiny_data, f"{flags}1", save=tmp_path / "run")
+    run_on_ranks(train_as_deepspeed_does, 1, argv)
+    argv = run_flags(tiny_data, f"{flags}2 --load {tmp_path / 'run'}")
+    with pytest.raises(
+        RankError, match=r"states of \d of \d sub-groups are missing, .*--no-load-o"
+    ):
+        run_on_ranks(train_offloaded, 1, argv, device=SECOND)
+    run_on_ranks(train_offloaded, 1, [*argv, "--no-load-optim"], device=SECOND)
