@@ -171,18 +171,18 @@ class Resharding:
             kinds: list[Kind] = ["weight"] if weights else []
             if self._step is not None:
                 kinds += MOMENTS
-            if engine.zero_optimization_stage() == 3:
-                self._fill_sub_groups(engine, states, kinds)
-            else:
-                self._fill_groups(engine, states, kinds)
+            at_stage_3 = engine.zero_optimization_stage() == 3
+            fill = self._fill_sub_groups if at_stage_3 else self._fill_groups
+            if kinds:
+                fill(engine, states, kinds)
         self._weights = None
 
     def _fill_sub_groups(self, engine: Any, states: ReshardedStates, kinds: Sequence[Kind]) -> None:
         names = {parameter: name for name, parameter in engine.module.named_parameters()}
         for group in sub_groups(engine):
             tensors: dict[Kind, Tensor] = {"weight": group.master.detach()}
-            if self._step is not None or not self._model_is_filled:
-                _start_adam(group.adam, [group.master], self._step or 0)
+            if self._step is not None:
+                _start_adam(group.adam, [group.master], self._step)
                 tensors |= {kind: group.adam.state[group.master][kind] for kind in MOMENTS}
             for parameter, start in group.parts:
                 first, length = own_range(parameter)

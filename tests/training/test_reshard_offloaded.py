@@ -15,6 +15,7 @@ from megatron_sat.testing.training import train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.rollback import roll_back
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.sub_groups import sub_groups
 from tests.training.offloading import plain_offloading
 from tests.training.resharding import (
     TENSOR_PARALLEL,
@@ -213,6 +214,24 @@ def test_parameters_on_nvme_that_are_not_trained_are_saved(tmp_path: Path, tiny_
         name = f"decoder.layers.{layer}.mlp.linear_fc1.weight"
         assert torch.equal(here.read(name, rank=0), there.read(name, rank=0))
         assert here.read(name, rank=0).count_nonzero() > 1_000_000
+
+
+def count_sub_groups_read(argv: list[str]) -> int:
+    """How often a run goes through the sub-groups to load them."""
+    with mock.patch("megatron_sat.training.reshard.sub_groups", wraps=sub_groups) as read:
+        train_offloaded(argv)
+    return read.call_count
+
+
+def test_weights_alone_leave_the_states_on_nvme_where_they_are(
+    at_once: Path, tmp_path: Path, tiny_data: Path
+) -> None:
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"zero_optimization": places(tmp_path)["states on nvme"]}))
+    flags = f"{RUN}--deepspeed_config {settings} --load {at_once} --ckpt-step 4 --train-iters 5 "
+    for more, times in (("", 1), ("--no-load-optim", 0)):
+        argv = run_flags(tiny_data, flags + more)
+        assert run_on_ranks(count_sub_groups_read, 1, argv) == [times]
 
 
 def train_as_deepspeed_does(argv: list[str]) -> None:
