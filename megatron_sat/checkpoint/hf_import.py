@@ -60,19 +60,24 @@ class HFWeights:
         another. Types are converted; padding rows of the vocabulary become 0. ValueError, naming
         file and tensor, for values that are not finite.
         """
-        for parameter, block in _one_ahead(self._all_blocks(model, rank, size)):
-            first, _ = own_range(parameter)
-            with own_part(parameter) as target:
-                copy_blocks(target, first, [block])
+        parameters = dict(model.named_parameters())
+        all_blocks = _one_ahead(self._all_blocks(parameters, rank, size))
+        # Each parameter's in a row, so that one on NVMe is read and written once.
+        for name, blocks in itertools.groupby(all_blocks, key=lambda named: named[0]):
+            first, _ = own_range(parameters[name])
+            with own_part(parameters[name]) as target:
+                copy_blocks(target, first, (block for _, block in blocks))
 
-    def _all_blocks(self, model: torch.nn.Module, rank: int, size: int) -> Iterator["_Block"]:
+    def _all_blocks(
+        self, parameters: dict[str, Any], rank: int, size: int
+    ) -> Iterator["_NamedBlock"]:
         sizes = dims(self.model, padded_vocabulary=self.padded_vocabulary)
-        parameters: dict[str, Any] = dict(model.named_parameters())
+        left = dict(parameters)
         # One is read into while the other is made use of. Each has its size from the beginning: one
         # that grows leaves memory behind that the process does not give back.
         buffers = itertools.cycle((Buffer(BLOCK_BYTES), Buffer(BLOCK_BYTES)))
         for name, named in self.family.parameters(self.model):
-            parameter = parameters.pop(name)
+            parameter = left.pop(name)
             shape = named.layout.local_shape(sizes, rank, size)
             actual = tuple(getattr(parameter, "ds_shape", parameter.shape))
             assert actual == shape, f"{name} is {actual}, its layout {shape}"
@@ -81,15 +86,15 @@ class HFWeights:
             last = min(first + length, shape[0] * width)
             pieces = named.pieces(sizes, rank, size)
             for block in _blocks(self.reader, named, pieces, (first, last), width, buffers):
-                yield parameter, block
-        assert not parameters, f"no layout for {', '.join(parameters)}"
+                yield name, block
+        assert not left, f"no layout for {', '.join(left)}"
 
 
-_Block = tuple[Tensor, tuple[int, Tensor]]
-"""A parameter, and a block of it as in `copy_blocks`."""
+_NamedBlock = tuple[str, tuple[int, Tensor]]
+"""A parameter's name, and a block of it as in `copy_blocks`."""
 
 
-def _one_ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
+def _one_ahead(blocks: Iterator[_NamedBlock]) -> Iterator[_NamedBlock]:
     """The same blocks; each is read from the disk while the one before it is made use of."""
     with ThreadPoolExecutor(max_workers=1) as reader:
         pending = reader.submit(next, blocks, None)

@@ -29,7 +29,8 @@ def is_on_nvme(parameter: Any) -> bool:
 @contextlib.contextmanager
 def own_part(parameter: Any, *, write: bool = True) -> Iterator[Tensor]:
     """What this rank keeps of a parameter, flat, to be changed within the block, or with `write`
-    False only looked at. What ZeRO-3 has on NVMe is read before and written back behind it."""
+    False only looked at. What ZeRO-3 has on NVMe is read before and written back behind it, and
+    stays there as it was where the block raises."""
     if not hasattr(parameter, "ds_tensor"):
         yield parameter.data.view(-1)
         return
@@ -38,10 +39,11 @@ def own_part(parameter: Any, *, write: bool = True) -> Iterator[Tensor]:
         return
     swapper = parameter.nvme_swapper
     swapper.swap_in([parameter], async_op=False)
-    yield parameter.ds_tensor.data
-    if write:
-        swapper.swap_out_and_release([parameter])
-    else:
+    try:
+        yield parameter.ds_tensor.data
+        if write:
+            swapper.swap_out_and_release([parameter])
+    finally:  # of what is written nothing is left to be released
         swapper.remove_partition_and_release_buffers([parameter])
 
 

@@ -24,7 +24,7 @@ from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.random_state import load_random_state
-from megatron_sat.training.sub_groups import share_adam
+from megatron_sat.training.sub_groups import check_states, share_adam
 
 if TYPE_CHECKING:
     from megatron_sat.training.reshard import Resharding
@@ -176,6 +176,9 @@ def _load_engine(engine: Any, stored: StoredCheckpoint, config: TrainingConfig) 
         engine.optimizer.clip_grad = settings.clip_grad
     if config.finetune or config.checkpoint.no_load_optim:
         _reset_optimizer(engine)
+    else:
+        with ranks_agree(f"loading {stored.folder}"):
+            check_states(engine, where=f"--load {stored.folder}")
 
 
 def _reset_optimizer(engine: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.training.config import ModelConfig, TrainingConfig
 from megatron_sat.training.deepspeed_fields import check_fields, json_value
-from megatron_sat.training.offloading import check_offloading, parameters_on_nvme
+from megatron_sat.training.offloading import check_offloading, defaults_on_nvme
 
 # Sections whose work is done here by flags. DeepSpeed would act on some and ignore others.
 OWNED_SECTIONS = {
@@ -257,10 +257,7 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
         }
     if stage == 3:
         defaults |= {
-            # From NVMe DeepSpeed 0.19 fetches one by one: see `check_offloading`.
-            "zero_optimization.stage3_prefetch_bucket_size": (
-                0 if parameters_on_nvme(config.deepspeed_config) else bucket
-            ),
+            "zero_optimization.stage3_prefetch_bucket_size": bucket,
             # The gradients of a layer come at once and are packed into one message or two. Into
             # DeepSpeed's contiguous buffer they would be copied once more before.
             "zero_optimization.contiguous_gradients": False,
@@ -272,6 +269,7 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
             # It would replace torch.nn.functional.linear for the whole process.
             "zero_optimization.memory_efficient_linear": False,
         }
+        defaults |= defaults_on_nvme(config.deepspeed_config)
     return defaults
 
 

@@ -29,6 +29,8 @@ from megatron_sat.training.masters import adam, fragments, stage0_masters
 from megatron_sat.training.offloading import OptimizerPlace, parameters_on_nvme
 from megatron_sat.training.sub_groups import sub_groups
 
+_SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunLayout:
@@ -41,7 +43,7 @@ class RunLayout:
     round_robin: bool
     """A group's parameters lie in another order, dealt out to the data-parallel ranks."""
     sub_group_size: int | None
-    """At stage 3, of what Adam steps as one tensor; None: DeepSpeed's default."""
+    """At stage 3, of what Adam steps as one tensor; None where it is DeepSpeed's default."""
     parameters_on_nvme: bool
     padded_vocab: int
 
@@ -51,13 +53,16 @@ class RunLayout:
         data_parallel = config.data_parallel_size(world_size)
         stage = config.parallel.zero_stage
         dealt = _zero_value(config, "round_robin_gradients")
+        sub_group_size = _zero_value(config, "sub_group_size")
+        if sub_group_size == _SUB_GROUP_SIZE:
+            sub_group_size = None
         return cls(
             data_parallel=data_parallel,
             tensor_parallel=config.parallel.tensor_model_parallel_size,
             zero_stage=stage,
             optimizer=OptimizerPlace.of(config.deepspeed_config, stage=stage),
             round_robin=bool(dealt) and stage in (1, 2) and data_parallel > 1,
-            sub_group_size=_zero_value(config, "sub_group_size") if stage == 3 else None,
+            sub_group_size=sub_group_size if stage == 3 else None,
             parameters_on_nvme=parameters_on_nvme(config.deepspeed_config),
             padded_vocab=padded_vocab,
         )
@@ -166,18 +171,18 @@ class Resharding:
             kinds: list[Kind] = ["weight"] if weights else []
             if self._step is not None:
                 kinds += MOMENTS
-            if engine.zero_optimization_stage() == 3:
-                self._fill_sub_groups(engine, states, kinds)
-            else:
-                self._fill_groups(engine, states, kinds)
+            at_stage_3 = engine.zero_optimization_stage() == 3
+            fill = self._fill_sub_groups if at_stage_3 else self._fill_groups
+            if kinds:
+                fill(engine, states, kinds)
         self._weights = None
 
     def _fill_sub_groups(self, engine: Any, states: ReshardedStates, kinds: Sequence[Kind]) -> None:
         names = {parameter: name for name, parameter in engine.module.named_parameters()}
         for group in sub_groups(engine):
             tensors: dict[Kind, Tensor] = {"weight": group.master.detach()}
-            if self._step is not None or not self._model_is_filled:
-                _start_adam(group.adam, [group.master], self._step or 0)
+            if self._step is not None:
+                _start_adam(group.adam, [group.master], self._step)
                 tensors |= {kind: group.adam.state[group.master][kind] for kind in MOMENTS}
             for parameter, start in group.parts:
                 first, length = own_range(parameter)

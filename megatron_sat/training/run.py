@@ -41,6 +41,7 @@ from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import MetricsSinks, open_sinks
 from megatron_sat.training.model import build_engine, build_model, padded_vocab_size
+from megatron_sat.training.offloading import check_parameter_buffers
 from megatron_sat.training.reshard import Resharding, other_subsets, plan_resharding
 from megatron_sat.training.resume import (
     auto_resume,
@@ -126,6 +127,12 @@ def _pretrain(
         vocab_size = config.model.vocab_size or tokenizer.vocab_size
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         padded_vocab = _padded_vocab(config, vocab_size)
+        check_parameter_buffers(
+            deepspeed_config,
+            config,
+            data_parallel=config.data_parallel_size(world_size),
+            padded_vocab=padded_vocab,
+        )
     if config.checkpoint.load is not None:
         stored = find_checkpoint(
             config.checkpoint.load,

@@ -72,6 +72,21 @@ def share_adam(engine: Any) -> None:
     second.param_groups, second.state = first.param_groups, first.state
 
 
+def check_states(engine: Any, *, where: str) -> None:
+    """ValueError, beginning with `where`, if some sub-groups have Adam's states and others have
+    none, as what DeepSpeed saves of states in part on the GPU without :func:`share_adam`."""
+    if getattr(engine.optimizer, "backup_optimizer", None) is None:
+        return
+    masters = engine.optimizer.fp32_partitioned_groups_flat
+    state = engine.optimizer.optimizer.state
+    missing = sum(not state.get(master) for master in masters)
+    if 0 < missing < len(masters):
+        raise ValueError(
+            f"{where}: Adam's states of {missing} of {len(masters)} sub-groups are missing, those "
+            "that were on the GPU; with --no-load-optim all start anew"
+        )
+
+
 @contextlib.contextmanager
 def swapped_tensors_shown(engine: Any) -> Iterator[None]:
     """Within the block what DeepSpeed saves of tensors on NVMe, which are empty in memory, are

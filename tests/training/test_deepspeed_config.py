@@ -6,7 +6,7 @@ import pytest
 
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.deepspeed_config import build_deepspeed_config
-from megatron_sat.training.offloading import offloads_optimizer
+from megatron_sat.training.offloading import check_parameter_buffers, offloads_optimizer
 
 FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --train-iters 10 "
@@ -219,6 +219,16 @@ STAGE_2 = ("--zero-stage", "2")
             (),
             'stage3_prefetch_bucket_size" .* is 1000; valid with parameters on "nvme": 0, or to l',
         ),
+        (
+            {"offload_param": NVME, "stage3_max_reuse_distance": 1e9},
+            (),
+            'stage3_max_reuse_distance" .* is 1000000000.0; valid with parameters on "nvme": 0, o',
+        ),
+        (
+            {"offload_optimizer": NVME | {"pipeline_write": True, "buffer_count": 7}},
+            (),
+            'offload_optimizer.buffer_count" .* is 7; valid with its "pipeline_.*: at least 8, or',
+        ),
         ({"offload_optimizer": NVME}, (), "nvme.* needs libaio and its headers; install libaio"),
     ],
 )
@@ -229,6 +239,75 @@ def test_offloading_that_is_not_supported_is_refused_before_any_run(tmp_path, ze
     ):
         builder().is_compatible.return_value = False
         build(tmp_path, {"zero_optimization": zero}, "--micro-batch-size", "1", *flags)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 4),
+        ({"pipeline_read": True}, 8),
+        ({"pipeline_read": True, "pipeline_write": True, "buffer_count": "auto"}, 12),
+        ({"pipeline_read": True, "pipeline_write": True, "buffer_count": 13}, 13),
+    ],
+)
+def test_buffers_for_states_are_as_many_as_a_pipeline_takes(tmp_path, settings, count):
+    user = {"zero_optimization": {"offload_optimizer": NVME | settings}}
+    with mock.patch("deepspeed.ops.op_builder.AsyncIOBuilder"):
+        built = build(tmp_path, user, "--micro-batch-size", "1")
+    assert built["zero_optimization"]["offload_optimizer"]["buffer_count"] == count
+
+
+# The matrices of a layer have (3 x 4096, 4096, 2 x 11008 and 11008) x 4096 entries, the embedding
+# 32000 x 4096.
+TIED = (
+    "--hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 11008 --swiglu --bf16 "
+    "--micro-batch-size 1 "
+)
+LLAMA_7B = f"{TIED}--untie-embeddings-and-output-weights "
+
+
+def check_buffers(tmp_path, buffers, flags, *, world_size, **zero):
+    user = {"zero_optimization": {"offload_param": NVME | buffers, **zero}}
+    config = parse(tmp_path, user, *flags.split(), world_size=world_size)
+    with mock.patch("deepspeed.ops.op_builder.AsyncIOBuilder"):
+        built = build_deepspeed_config(config, world_size=world_size)
+    for field in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance"):
+        assert built["zero_optimization"][field] == 0
+    ranks = config.data_parallel_size(world_size)
+    check_parameter_buffers(built, config, data_parallel=ranks, padded_vocab=32000)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "size", "count"),
+    [
+        (LLAMA_7B, 1, 131_072_000, 4),
+        (TIED, 1, 131_072_000, 5),
+        (LLAMA_7B, 8, 16_384_000, 4),
+        # Less than a megabyte, as the output projection's part, stays in memory.
+        (LLAMA_7B, 80, 1_638_400, 3),
+        (TIED, 100, 1_310_720, 2),
+        (f"{TIED}--ffn-hidden-size 22016", 1, 180_355_072, 5),
+        (f"{LLAMA_7B}--tensor-model-parallel-size 4", 8, 16_384_000, 4),
+        (LLAMA_7B, 1000, 0, 0),
+    ],
+)
+def test_buffers_for_parameters_hold_what_is_needed_at_once(
+    tmp_path, flags, world_size, size, count
+):
+    enough = {"buffer_size": size, "buffer_count": count}
+    check_buffers(tmp_path, enough, flags, world_size=world_size, stage3_max_reuse_distance="auto")
+    for name, needed in enough.items() if count else ():
+        with pytest.raises(
+            ValueError, match=rf'offload_param\.{name}" .* is {needed - 1}; .* at least {needed}, '
+        ):
+            check_buffers(tmp_path, enough | {name: needed - 1}, flags, world_size=world_size)
+
+
+def test_buffers_that_are_not_given_are_deepspeeds(tmp_path):
+    check_buffers(tmp_path, {}, TIED, world_size=2)
+    message = "buffer_size\" .* is 100000000, DeepSpeed's default; .*: at least 131072000, "
+    with pytest.raises(ValueError, match=message):
+        check_buffers(tmp_path, {}, TIED, world_size=1)
 
 
 def test_offloading_that_is_off_is_not_refused(tmp_path):

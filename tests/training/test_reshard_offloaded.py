@@ -10,11 +10,12 @@ import torch
 
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights
 from megatron_sat.checkpoint.parts import is_on_nvme
-from megatron_sat.testing import run_on_ranks
+from megatron_sat.testing import RankError, run_on_ranks
 from megatron_sat.testing.training import train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.rollback import roll_back
 from megatron_sat.training.search import find_checkpoint
+from megatron_sat.training.sub_groups import sub_groups
 from tests.training.offloading import plain_offloading
 from tests.training.resharding import (
     TENSOR_PARALLEL,
@@ -43,8 +44,9 @@ SECOND = "cpu:0"
 def places(nvme: Path) -> dict[str, dict[str, Any]]:
     """Settings of "zero_optimization"."""
     on_nvme = {"device": "nvme", "nvme_path": str(nvme)}
-    pipelined = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
-    in_memory = {"max_in_cpu": 0, "buffer_size": 600_000}
+    pipelined = {"pipeline_read": True, "pipeline_write": True}
+    # Just enough for the one matrix of a layer that is large enough.
+    in_memory = {"max_in_cpu": 0, "buffer_size": 2**19, "buffer_count": 1}
     return {
         "in part": SUB_GROUPS | {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
         "states on nvme": SUB_GROUPS | {"offload_optimizer": on_nvme | pipelined},
@@ -189,7 +191,9 @@ def test_the_way_back_from_a_spike_reads_what_is_on_nvme(
 ) -> None:
     settings = tmp_path / "deepspeed.json"
     settings.write_text(json.dumps({"zero_optimization": places(tmp_path)[place]}))
-    flags = f"{RUN}--lr-warmup-iters 0 --eval-iters 1 --deepspeed_config {settings}"
+    # More layers than DeepSpeed has buffers for parameters: each is to be given back in time.
+    layers = "--num-layers 6 " if place == "parameters on nvme" else ""
+    flags = f"{RUN}{layers}--lr-warmup-iters 0 --eval-iters 1 --deepspeed_config {settings}"
     argv = run_flags(tiny_data, flags, save=tmp_path / "run")
     before, after = run_on_ranks(roll_back_at_once, 2, argv)[0]
     assert before == after
@@ -210,3 +214,43 @@ def test_parameters_on_nvme_that_are_not_trained_are_saved(tmp_path: Path, tiny_
         name = f"decoder.layers.{layer}.mlp.linear_fc1.weight"
         assert torch.equal(here.read(name, rank=0), there.read(name, rank=0))
         assert here.read(name, rank=0).count_nonzero() > 1_000_000
+
+
+def count_sub_groups_read(argv: list[str]) -> int:
+    """How often a run goes through the sub-groups to load them."""
+    with mock.patch("megatron_sat.training.reshard.sub_groups", wraps=sub_groups) as read:
+        train_offloaded(argv)
+    return read.call_count
+
+
+def test_weights_alone_leave_the_states_on_nvme_where_they_are(
+    at_once: Path, tmp_path: Path, tiny_data: Path
+) -> None:
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"zero_optimization": places(tmp_path)["states on nvme"]}))
+    flags = f"{RUN}--deepspeed_config {settings} --load {at_once} --ckpt-step 4 --train-iters 5 "
+    for more, times in (("", 1), ("--no-load-optim", 0)):
+        argv = run_flags(tiny_data, flags + more)
+        assert run_on_ranks(count_sub_groups_read, 1, argv) == [times]
+
+
+def train_as_deepspeed_does(argv: list[str]) -> None:
+    """What stays on the GPU is stepped by an Adam of its own, whose states are not saved."""
+    with mock.patch("megatron_sat.training.model.share_adam"):
+        train_offloaded(argv, device=SECOND)
+
+
+def test_states_that_were_not_saved_are_not_started_anew_in_silence(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"zero_optimization": places(tmp_path)["in part"]}))
+    flags = f"{RUN}--deepspeed_config {settings} --train-iters "
+    argv = run_flags(tiny_data, f"{flags}1", save=tmp_path / "run")
+    run_on_ranks(train_as_deepspeed_does, 1, argv)
+    argv = run_flags(tiny_data, f"{flags}2 --load {tmp_path / 'run'}")
+    with pytest.raises(
+        RankError, match=r"states of \d of \d sub-groups are missing, .*--no-load-o"
+    ):
+        run_on_ranks(train_offloaded, 1, argv, device=SECOND)
+    run_on_ranks(train_offloaded, 1, [*argv, "--no-load-optim"], device=SECOND)

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megatron_sat.checkpoint.reshard import ReshardedStates
 from megatron_sat.testing import run_on_ranks
@@ -98,6 +99,9 @@ def test_sub_groups_of_another_size_are_another_layout(saved: Path, tiny_data: P
     assert plan_in(saved, tiny_data, {}, {"sub_group_size": 1000}) is not None
     same = {"sub_group_size": 1000}
     assert plan_in(saved, tiny_data, same, same) is None
+    default = DeepSpeedZeroConfig().sub_group_size
+    assert plan_in(saved, tiny_data, {}, {"sub_group_size": default}) is None
+    assert plan_in(saved, tiny_data, {"sub_group_size": 1e9}, {"sub_group_size": "auto"}) is None
 
 
 def test_what_deepspeed_does_not_look_at_is_no_other_layout(saved: Path, tiny_data: Path) -> None:
