@@ -24,10 +24,9 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 		echo "error: PYTHON='$(PYTHON)' is not a Python 3.11 or 3.12 with venv and ensurepip;" \
 			"set one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@# Alone, so that what others accept does not choose torch's version. Python compiles what it
-	@# imports, which is little of what is installed.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-dev.txt
+	@# Alone, so that what others accept does not choose torch's version.
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@# setuptools is there: torch requires it.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(BIN)/pip check
