@@ -3,7 +3,8 @@
 Megatron-core allocates on ``torch.cuda.current_device()`` and keeps CUDA random states for
 dropout. On a machine without a GPU both fail before any work is done. DeepSpeed compiles an
 all-reduce for CPUs, and counts these anew at every turn. This is the one place where this project
-changes how another package behaves, and none of it is done where ranks are on GPUs.
+changes how another package behaves on CPUs, and none of it is done where ranks are on GPUs. What
+DeepSpeed's engine has of faults and needless work is met where it is built (`build_engine`).
 """
 
 import os

@@ -40,7 +40,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel  # noqa: F401  (imported here once, for all ranks)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_sat.cpu import enable_cpu_path, leave_all_reduce_to_gloo
+from megatron_sat.cpu import enable_cpu_path, leave_all_reduce_to_gloo, set_local_size
 
 SEED = 1234
 MAX_PACKET = 1 << 16
@@ -130,10 +130,10 @@ def _become(rank: int, world_size: int, request: dict[str, Any]) -> int:
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),  # else DeepSpeed forks numactl all the time to count CPUs
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(request["port"]),
     )
+    set_local_size()
     return log_fd
 
 
