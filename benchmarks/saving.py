@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     turns: list[dict[str, dict[str, float]]] = []
     rows: list[dict[str, Any]] = []
     step, size = 0, 0
+    trainers["none"].train_step(batches)  # Adam's moments, which a checkpoint has, are there now
     try:
         for turn in range(1 + args.turns):
             forms = FORMS if turn <= args.blocking_turns else FORMS[:2]
