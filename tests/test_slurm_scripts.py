@@ -93,6 +93,13 @@ def test_ranks_are_tasks_and_flags_are_valid(job, script, tmp_path):
         assert config.model.num_layers == (32 if script in ("single_node.sh", "chain.sh") else 40)
 
 
+@pytest.mark.parametrize("image", CONTAINERS)
+def test_ranks_in_containers_may_see_the_repository_alone(job, image):
+    alone = f"{REPOSITORY}:{REPOSITORY}"
+    words = [word.replace(MOUNTS, alone) for word in CONTAINERS[image]]
+    trainer(job("container.sh", IMAGE=image, MOUNTS=""), words)
+
+
 def test_a_container_needs_an_image(job):
     process = job("container.sh", IMAGE="")
     assert process.communicate(timeout=20)[0] == "" and process.returncode == 1

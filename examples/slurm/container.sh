@@ -7,8 +7,9 @@
 # IMAGE is for enroot and SLURM's plugin pyxis (image.sqsh, or a registry's nvcr.io#nvidia/pytorch:TAG),
 # or for Apptainer, if its name ends in .sif. It holds Python with what requirements.txt asks for; the
 # batch script itself runs on the node, and needs nothing. MOUNTS are the folders that ranks see, at
-# the same paths, beside the repository: those of DATA, TOKENIZER and SAVE (default: /data).
-# Variables and flags are otherwise those of several_nodes.sh.
+# the same paths, beside the repository: those of DATA, TOKENIZER and SAVE (default: /data; MOUNTS= where
+# all is in the repository). Apptainer does not start with one that a node lacks. Variables and flags are
+# otherwise those of several_nodes.sh.
 #SBATCH --job-name=sat-13b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -25,7 +26,7 @@ set -euo pipefail
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 srun="srun --kill-on-bad-exit=1"
 mounts=$PWD:$PWD
-for folder in ${MOUNTS:-/data}; do
+for folder in ${MOUNTS-/data}; do
     mounts+=,$folder:$folder
 done
 # Ranks find each other by SLURM's variables: both pass the environment on (Apptainer without
