@@ -67,11 +67,19 @@ def trainer(process: subprocess.Popen[str], container: Sequence[str] = ()) -> li
 # What each script of a container gives srun, by its image.
 MOUNTS = f"{REPOSITORY}:{REPOSITORY},/data:/data,/scratch/a:/scratch/a"
 CONTAINERS = {
-    "image.sqsh": [
-        "--container-image=image.sqsh",
-        f"--container-mounts={MOUNTS}",
-        f"--container-workdir={REPOSITORY}",
-    ],
+    **{
+        image: [
+            f"--container-image={given}",
+            f"--container-mounts={MOUNTS}",
+            f"--container-workdir={REPOSITORY}",
+            *["env", "-u", "RANK", "-u", "LOCAL_RANK", "-u", "WORLD_SIZE"],
+        ]
+        for image, given in {
+            "image.sqsh": f"{REPOSITORY}/image.sqsh",
+            "/images/image.sqsh": "/images/image.sqsh",
+            "nvcr.io#nvidia/pytorch:TAG": "nvcr.io#nvidia/pytorch:TAG",
+        }.items()
+    },
     "image.sif": [
         *["apptainer", "exec", "--nv", "--bind", MOUNTS, "--pwd", str(REPOSITORY)],
         "image.sif",

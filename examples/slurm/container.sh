@@ -34,8 +34,11 @@ done
 if [[ $IMAGE == *.sif ]]; then
     export LAUNCHER="$srun apptainer exec --nv --bind $mounts --pwd $PWD $IMAGE python"
 else
+    # To pyxis a name without a folder in front is a registry's.
+    [[ $IMAGE != *.sqsh || $IMAGE == /* ]] || IMAGE=$PWD/$IMAGE
+    # In images of PyTorch it sets RANK and LOCAL_RANK itself, without WORLD_SIZE.
     export LAUNCHER="$srun --container-image=$IMAGE --container-mounts=$mounts
-        --container-workdir=$PWD python"
+        --container-workdir=$PWD env -u RANK -u LOCAL_RANK -u WORLD_SIZE python"
 fi
 
 exec examples/pretrain_multinode.sh "$@"
