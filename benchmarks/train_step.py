@@ -2,15 +2,17 @@
 
     python -m deepspeed.launcher.runner benchmarks/train_step.py --zero-stages 1 3 --output step.csv
 
-Random tokens, bfloat16. Dense and sparse steps alternate in one run; the subset is chosen anew in
-every sparse step. The ideal ratio is that of the floating-point operations (matrix products and
-causal attention; the head is in both), from the counts that really ran; efficiency is ratio /
-ideal. ``--whole-run`` measures every rung of a ladder (by default the paper's: r 0.5, T 3000,
-eta 2000, L 5) and weighs them into the speed-up of a complete run.
+Random tokens, bfloat16. Dense and sparse steps, of ``--gradient-accumulation-steps`` micro-batches,
+alternate in one run; the subset is chosen anew in every sparse step. The ideal ratio is that of the
+floating-point operations (matrix products and causal attention; the head is in both), from the
+counts that really ran; efficiency is ratio / ideal. ``--whole-run`` measures every rung of a ladder
+(by default the paper's: r 0.5, T 3000, eta 2000, L 5) and weighs them into the speed-up of a
+complete run.
 """
 
 import argparse
 import gc
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -69,9 +71,12 @@ def random_batches(vocabulary: int, batch: int, length: int) -> Iterator[Batch]:
 
 def make_trainer(args: argparse.Namespace, stage: int, micro_batch: int) -> Trainer:
     """The trainer of this benchmark."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) // args.tensor_model_parallel_size
+    global_batch = micro_batch * args.gradient_accumulation_steps * ranks
     flags = (
         f"{MODELS[args.model]} --seq-length {args.seq_length} --micro-batch-size {micro_batch} "
-        f"--train-iters {_STEPS} --lr 1e-5 --bf16 --zero-stage {stage} --train-data-path none "
+        f"--global-batch-size {global_batch} --train-iters {_STEPS} --lr 1e-5 --bf16 "
+        f"--zero-stage {stage} --train-data-path none "
         f"--tokenizer-type NullTokenizer --vocab-size {args.vocab_size} --eval-iters 0 "
         "--untie-embeddings-and-output-weights "
         f"--sat-omission-rate {_STEPS / 100} --sat-total-steps {_STEPS} --sat-decay-start-step 0 "
@@ -156,6 +161,7 @@ def measure(args: argparse.Namespace, stage: int, micro_batch: int) -> list[dict
                 "tensor_parallel": args.tensor_model_parallel_size,
                 "zero_stage": stage,
                 "micro_batch": micro_batch,
+                "micro_batches_per_step": args.gradient_accumulation_steps,
                 "seq_length": args.seq_length,
                 "recompute": bool(args.recompute),
                 "rate": rate,
@@ -213,6 +219,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--zero-stages", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 1])
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5])
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--channel-multiple", type=int, default=128)

@@ -132,11 +132,12 @@ class SATRowParallelLinear(RowParallelLinear):
         if site is None or not self.training or not site.is_sparse:
             return super().forward(input_)
         assert site.subset is not None, "the column-parallel linear decides first"
-        partial = row_sliced_linear(input_, self.weight, site.subset.local, unit=self.unit)
-        if self.sequence_parallel:
-            output = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
-        else:
-            output = reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+        output = row_sliced_linear(input_, self.weight, site.subset.local, unit=self.unit)
+        if self.tp_group.size() > 1:
+            if self.sequence_parallel:
+                output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+            else:
+                output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
         if self.skip_bias_add:
             return output, self.bias
         return (output if self.bias is None else output + self.bias), None

@@ -1,10 +1,12 @@
 """The transformer layer under ZeRO stage 3, called as DeepSpeed's hooks need it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.nn import Parameter
 
 
 class LeafLayer(TransformerLayer):
@@ -14,6 +16,20 @@ class LeafLayer(TransformerLayer):
     DeepSpeed could not tell when the backward pass has left a layer, nor fetch its parameters as
     one. For the trainer only: Megatron-core's CUDA graphs and inference want the names.
     """
+
+    _named: list[tuple[str, Parameter]] | None = None
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Parameter]]:
+        """`torch.nn.Module`'s. DeepSpeed's hooks ask a layer for its parameters half a dozen times
+        a micro-batch, and to look for them takes as long as launching some kernels; they are the
+        same from the first asking on."""
+        if prefix or not recurse or not remove_duplicate:
+            return super().named_parameters(prefix, recurse, remove_duplicate)
+        if self._named is None:
+            self._named = list(super().named_parameters())
+        return iter(self._named)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if (

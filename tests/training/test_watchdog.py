@@ -159,7 +159,8 @@ def test_a_timeout_of_torchs_own_names_the_rank_too(tmp_path, tiny_data):
         (message,) = errors(processes, 0)
         assert message.startswith("error: rank 1 (") and message.endswith("; the others wait")
         assert ".sleep (test_watchdog.py:" in message
-        assert "a collective waited too long (" in processes.output(0)
+        if not torch.cuda.is_available():  # NCCL raises nothing: the watchdog's limit ends that run
+            assert "a collective waited too long (" in processes.output(0)
         assert "Traceback" not in processes.output(0)
 
 
