@@ -11,6 +11,11 @@ USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
 
+# What a process imports is compiled for all that follow; installing compiles all there is, in twice
+# the time.
+unexport PYTHONDONTWRITEBYTECODE
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+
 # More arguments for pytest or the quickstart: make test ARGS="-k schedule -n 0"
 ARGS ?=
 
@@ -25,16 +30,16 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 			"set one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@# Alone, so that what others accept does not choose torch's version.
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(PIP) "$$(grep '^torch==' requirements.txt)"
+	$(PIP) -r requirements.txt -r requirements-dev.txt
 	@# setuptools is there: torch requires it.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) --no-deps --no-build-isolation -e .
 	$(BIN)/pip check
 	touch $@
 
-# Files go to two processes: many tests wait, for a rank to be missed or for a launcher to import.
+# Files go to three processes: many tests wait, for a rank to be missed or for a launcher to import.
 test: $(STAMP) ## run all tests that this machine can run
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist loadfile \
 		--no-loadscope-reorder $(ARGS)
 
 test-cluster: $(STAMP) ## every launcher on two small hosts, and SLURM; needs root, installs packages

@@ -41,7 +41,7 @@ def write_indexed_data(prefix: Path, *, documents: int = 120, seed: int = 1) -> 
 
 
 def tiny_run(data: Path, flags: str = "", *, save: Path | None = None) -> list[str]:
-    """The command line of a small run: a Llama of two layers in float32, at most 20 steps.
+    """The command line of a small run: a Llama of two layers in float32, of eight steps.
 
     Args:
         data: prefix of a data set of `write_indexed_data`, for training and evaluation.
@@ -54,7 +54,7 @@ def tiny_run(data: Path, flags: str = "", *, save: Path | None = None) -> list[s
         "--init-method-std 0.1 --make-vocab-size-divisible-by 16 "
         f"--tokenizer-type NullTokenizer --vocab-size {TINY_VOCABULARY} "
         f"--train-data-path {data} --valid-data-path {data} --num-workers 0 "
-        "--micro-batch-size 2 --global-batch-size 8 --train-iters 12 --lr 0.01 "
+        "--micro-batch-size 2 --global-batch-size 8 --train-iters 8 --lr 0.01 "
         "--lr-warmup-iters 2 --log-interval 1 --eval-interval 10 --eval-iters 1 "
     )
     if save is not None:

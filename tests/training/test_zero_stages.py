@@ -13,8 +13,8 @@ from megatron_sat.training.loop import Trainer
 
 # Rate 0.5 up to step 8, 0.25 up to step 11, then dense; two micro-batches a step on each rank.
 SAT = (
-    "--sat-omission-rate 0.5 --sat-total-steps 20 --sat-decay-start-step 8 --sat-ladder-rungs 2 "
-    "--sat-channel-multiple 16 "
+    "--train-iters 12 --sat-omission-rate 0.5 --sat-total-steps 20 --sat-decay-start-step 8 "
+    "--sat-ladder-rungs 2 --sat-channel-multiple 16 "
 )
 TENSOR_PARALLEL = "--tensor-model-parallel-size 2 --micro-batch-size 4 "
 
