@@ -11,8 +11,8 @@ USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
 
-# What a process imports is compiled for all that follow; installing compiles all there is, in twice
-# the time.
+# Installing compiles all that is there, in twice the time; what is used is compiled below instead.
+# Where Python is told to write no bytecode, every process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
@@ -35,6 +35,7 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	@# setuptools is there: torch requires it.
 	$(PIP) --no-deps --no-build-isolation -e .
 	$(BIN)/pip check
+	@$(BIN)/python -W ignore -c "import megatron_sat.training.run, megatron_sat.finetuning.run"
 	touch $@
 
 # Files go to three processes: many tests wait, for a rank to be missed or for a launcher to import.

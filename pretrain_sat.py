@@ -7,13 +7,13 @@ import gc
 import os
 import sys
 
-import torch
-
 if __name__ == "__main__":
     gc.disable()  # all that is imported stays; to look through it again and again takes a second
+    import torch
+
     if not torch.cuda.is_available():
-        # Megatron-core marks functions for torch.compile as it is imported, which loads the
-        # compiler. Here they run as they are.
+        # Megatron-core marks functions for torch.compile as it is imported, which loads all of the
+        # compiler's backend. Here they run as they are.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from megatron_sat.training.initialize import run
     from megatron_sat.training.run import pretrain

@@ -10,7 +10,6 @@ the same turns.
 """
 
 import argparse
-import os
 import shutil
 import statistics
 import time
@@ -26,6 +25,7 @@ from train_step import MODELS, random_batches, trainer_without_data
 
 from megatron_sat.training.batches import Batch
 from megatron_sat.training.checkpoint import Progress
+from megatron_sat.training.launch import Launch
 from megatron_sat.training.loop import Trainer
 
 FORMS = ("none", "async", "blocking")
@@ -40,7 +40,7 @@ def make_trainers(args: argparse.Namespace) -> dict[str, Trainer]:
         f"--vocab-size {args.vocab_size} --untie-embeddings-and-output-weights --keep-last 1 "
         f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"
     )
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) // args.tensor_model_parallel_size
+    ranks = Launch.from_environment().world_size // args.tensor_model_parallel_size
     batch = args.micro_batch * args.micro_batches * ranks
     argv = [*flags.split(), "--global-batch-size", str(batch), "--save", str(args.save)]
     blocking = trainer_without_data(argv, args.vocab_size)

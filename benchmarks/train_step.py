@@ -12,7 +12,6 @@ complete run.
 
 import argparse
 import gc
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from megatron_sat.training.data import Datasets
 from megatron_sat.training.deepspeed_config import build_deepspeed_config
 from megatron_sat.training.display import Display
 from megatron_sat.training.initialize import initialize, start
+from megatron_sat.training.launch import Launch
 from megatron_sat.training.learning_rate import LearningRate
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import MetricsSinks
@@ -71,7 +71,7 @@ def random_batches(vocabulary: int, batch: int, length: int) -> Iterator[Batch]:
 
 def make_trainer(args: argparse.Namespace, stage: int, micro_batch: int) -> Trainer:
     """The trainer of this benchmark."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) // args.tensor_model_parallel_size
+    ranks = Launch.from_environment().world_size // args.tensor_model_parallel_size
     global_batch = micro_batch * args.gradient_accumulation_steps * ranks
     flags = (
         f"{MODELS[args.model]} --seq-length {args.seq_length} --micro-batch-size {micro_batch} "

@@ -36,7 +36,7 @@ if [[ $IMAGE == *.sif ]]; then
 else
     # To pyxis a name without a folder in front is a registry's.
     [[ $IMAGE != *.sqsh || $IMAGE == /* ]] || IMAGE=$PWD/$IMAGE
-    # In images of PyTorch it sets RANK and LOCAL_RANK itself, without WORLD_SIZE.
+    # In images of PyTorch it sets RANK and LOCAL_RANK itself, and WORLD_SIZE on some clusters only.
     export LAUNCHER="$srun --container-image=$IMAGE --container-mounts=$mounts
         --container-workdir=$PWD env -u RANK -u LOCAL_RANK -u WORLD_SIZE python"
 fi

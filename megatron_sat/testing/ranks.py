@@ -78,7 +78,8 @@ def run_on_ranks(
         fn: a function at the top level of an importable module or of a test file.
         world_size: the number of ranks.
         *args: passed to ``fn`` (pickled), as are ``**kwargs``.
-        tensor_parallel: Megatron's tensor-parallel size; divides ``world_size``.
+        tensor_parallel: Megatron's tensor-parallel size; divides ``world_size``. 0 leaves
+            ``parallel_state`` to ``fn``: each of its gloo groups has threads that never rest.
         timeout: seconds until all ranks must have answered.
 
     Returns:
@@ -89,10 +90,10 @@ def run_on_ranks(
         TimeoutError: with the ranks that did not answer, and where each of them was.
         ValueError: ``fn`` cannot be found by other processes, or the sizes do not fit.
     """
-    if world_size < 1 or tensor_parallel < 1 or world_size % tensor_parallel:
+    if world_size < 1 or tensor_parallel < 0 or world_size % max(1, tensor_parallel):
         raise ValueError(
-            f"tensor_parallel={tensor_parallel} must be at least 1 and divide "
-            f"world_size={world_size}, which must be at least 1"
+            f"tensor_parallel={tensor_parallel} must be 0 or divide world_size={world_size}, which "
+            "must be at least 1"
         )
     case = _describe(fn)
     case["tensor_parallel"] = tensor_parallel

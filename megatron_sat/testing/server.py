@@ -220,10 +220,10 @@ class _Layout:
         random.seed(SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
-        if self._device == "cuda":
-            model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
-        else:
+        if self._device == "cpu":
             enable_cpu_path()
+        elif tensor_parallel:
+            model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
 
     def release_memory(self) -> None:
         """Free what the case left, since these ranks may idle while others want the memory."""
@@ -256,9 +256,10 @@ class _Layout:
             world_size=self._world_size,
         )
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_parallel, create_gloo_process_groups=False
-        )
+        if tensor_parallel:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tensor_parallel, create_gloo_process_groups=False
+            )
         self._tensor_parallel = tensor_parallel
         self._groups = self._current_groups()
 

@@ -1,7 +1,7 @@
 """Whole training runs of the trainer, small enough for tests."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def tiny_run(data: Path, flags: str = "", *, save: Path | None = None) -> list[s
 
 
 def train(argv: Sequence[str]) -> Any:
-    """Run ``pretrain_sat.py`` with ``argv`` in this process, on a rank of `run_on_ranks`.
+    """Run ``pretrain_sat.py`` with ``argv`` in this process, on a rank of `run_training`.
 
     Called on all of them. Returns the ``Trainer`` after its last step, if there was one to do.
     """
@@ -78,8 +78,13 @@ def train(argv: Sequence[str]) -> Any:
     return trainer
 
 
+def run_training(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
+    """`run_on_ranks` for an ``fn`` that trains: Megatron's groups are those that the run makes."""
+    return run_on_ranks(fn, world_size, *args, tensor_parallel=0, **kwargs)
+
+
 def train_on_ranks(argv: Sequence[str], world_size: int) -> list[dict[str, Any]]:
-    """Run ``pretrain_sat.py`` with ``argv`` on ``world_size`` ranks of `run_on_ranks`.
+    """Run ``pretrain_sat.py`` with ``argv`` on ``world_size`` ranks of `run_training`.
 
     Args:
         argv: a command line with ``--save``.
@@ -93,7 +98,7 @@ def train_on_ranks(argv: Sequence[str], world_size: int) -> list[dict[str, Any]]
     """
     from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
-    run_on_ranks(_train, world_size, list(argv))
+    run_training(_train, world_size, list(argv))
     save = [value for flag, value in itertools.pairwise(argv) if flag == "--save"][-1]
     return read_metrics(Path(save) / METRICS_FILE)
 

@@ -5,6 +5,7 @@ absent or "auto" is filled: from the flag, or from the other fields, or with a d
 """
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ OWNED_SECTIONS = {
 NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
 LARGEST_BUCKET = 200_000_000
 SMALLEST_BUCKET = 1_000_000
+_LEAF_THRESHOLD = "zero_optimization.stage3_module_granularity_threshold"
 # What has steps skipped whose gradients are not finite.
 _CHECKS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
 
@@ -195,9 +197,23 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
                 f'"{field}" in --deepspeed_config is false; valid: true, or a step whose gradients '
                 "are not finite would reach the weights"
             )
+    _check_leaves(result)
     check_offloading(result, stage=stage)
     _try_in_deepspeed(result)
     return result
+
+
+def _check_leaves(deepspeed_config: Mapping[str, Any]) -> None:
+    """With this threshold DeepSpeed (0.19.8) frees a module's weights without recording that the
+    compute stream may still read them; gathers on another stream could write over them."""
+    threshold = json_value(deepspeed_config, _LEAF_THRESHOLD)
+    overlaps = json_value(deepspeed_config, "zero_optimization.overlap_comm")
+    if threshold and overlaps:
+        raise ValueError(
+            f'"{_LEAF_THRESHOLD}" in --deepspeed_config is {shorten(json.dumps(threshold))}; '
+            'valid: 0, or "overlap_comm" false beside it: DeepSpeed would free weights that are '
+            "still in use"
+        )
 
 
 def _try_in_deepspeed(config: Mapping[str, Any]) -> None:

@@ -23,8 +23,8 @@ class LeafLayer(TransformerLayer):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Parameter]]:
         """`torch.nn.Module`'s. DeepSpeed's hooks ask a layer for its parameters half a dozen times
-        a micro-batch, and to look for them takes as long as launching some kernels; they are the
-        same from the first asking on."""
+        a micro-batch, and to look for them takes as long as launching some kernels. Nothing
+        replaces a parameter of a layer that is built: DeepSpeed changes what it holds."""
         if prefix or not recurse or not remove_duplicate:
             return super().named_parameters(prefix, recurse, remove_duplicate)
         if self._named is None:

@@ -12,8 +12,7 @@ import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.initialize import RanksStopped, run
 from megatron_sat.training.loop import Trainer
@@ -80,10 +79,10 @@ def test_one_command_is_the_run_that_was_never_stopped(
     save = tmp_path / "save"
     argv = tiny_run(tiny_data, flags, save=save)
     first = 2 if "no-load-rng" in how else 0
-    steps = [run_on_ranks(start, 2, argv, dies)[0][2] for dies in (4, 6, None)]
+    steps = [run_training(start, 2, argv, dies)[0][2] for dies in (4, 6, None)]
     assert steps == [3 - first, 3, 2]
     assert numbers(save) == numbers(reference)
-    (output, errors, steps_left), _ = run_on_ranks(start, 2, argv)
+    (output, errors, steps_left), _ = run_training(start, 2, argv)
     assert f"nothing is left to do: {save}/global_step6 has all 6 steps" in output
     assert (errors, steps_left) == ("", 0)
     assert numbers(save) == numbers(reference)
@@ -107,33 +106,33 @@ def test_a_complete_run_ends_with_code_0_and_writes_nothing(
     argv = tiny_run(tiny_data, RUN, save=tmp_path)
     train_on_ranks(argv, 1)
     before = written(tmp_path)
-    assert run_on_ranks(exit_code, 1, argv) == [(0, "")]
+    assert run_training(exit_code, 1, argv) == [(0, "")]
     assert written(tmp_path) == before
     # More steps are more to do.
     more = [*argv, "--train-iters", "7", "--lr-decay-iters", "6", "--sat-total-steps", "6"]
-    assert run_on_ranks(start, 1, more)[0][2] == 1
+    assert run_training(start, 1, more)[0][2] == 1
     # So is a Hugging Face folder that was asked for and is not there.
     exported = [*more, "--save-hf", str(tmp_path / "hf")]
-    output, _, steps = run_on_ranks(start, 1, exported)[0]
+    output, _, steps = run_training(start, 1, exported)[0]
     assert steps == 0 and f"saved {tmp_path}/hf" in output
-    assert "nothing is left to do" in run_on_ranks(start, 1, exported)[0][0]
+    assert "nothing is left to do" in run_training(start, 1, exported)[0][0]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     tmp_path: Path, tiny_data: Path
 ) -> None:
     argv = tiny_run(tiny_data, RUN, save=tmp_path)
-    run_on_ranks(start, 2, argv, 2)
+    run_training(start, 2, argv, 2)
     unfinished = tmp_path / "unfinished-global_step2"
     unfinished.mkdir()
     (unfinished / "half.pt").write_bytes(b"half")
     lines = numbers(tmp_path)
     assert lines[-1]["iteration"] == 1 and (tmp_path / "run-0.json").exists()
     for kept in ("abandoned-metrics.jsonl", "abandoned-metrics.jsonl.2"):
-        output = run_on_ranks(start, 2, argv, 2)[0][0]
+        output = run_training(start, 2, argv, 2)[0][0]
         assert f"{tmp_path} holds no checkpoint: the run begins anew" in output and kept in output
         assert numbers(tmp_path, kept) == numbers(tmp_path) == lines
-    assert run_on_ranks(start, 2, argv)[0][2] == 6
+    assert run_training(start, 2, argv)[0][2] == 6
     assert [line["iteration"] for line in numbers(tmp_path) if line["kind"] == "train"] == [
         *range(1, 7)
     ]
@@ -154,7 +153,7 @@ def test_hugging_face_folders_of_steps_that_are_done_again(tmp_path: Path, tiny_
         for path in save.glob(folder):
             shutil.rmtree(path)
         (save / "latest").unlink(missing_ok=True)
-        output, _, steps = run_on_ranks(start, 1, argv)[0]
+        output, _, steps = run_training(start, 1, argv)[0]
         assert steps == 6 - first and "iter_0000006 is later than this start" in output
         for name in names:
             assert (exports / name / "model.safetensors").read_bytes() == weights[name]
@@ -162,7 +161,7 @@ def test_hugging_face_folders_of_steps_that_are_done_again(tmp_path: Path, tiny_
     assert kept == [*(f"abandoned-{name}" for name in names), f"abandoned-{names[2]}.2"]
     # Those that lie where a first start writes are another run's.
     shutil.rmtree(save)
-    ((code, message),) = run_on_ranks(exit_code, 1, argv)
+    ((code, message),) = run_training(exit_code, 1, argv)
     assert code == 2 and "iter_0000006 exists; give a folder that does not" in message
 
 
@@ -175,7 +174,7 @@ def test_a_damaged_checkpoint_is_never_a_reason_to_begin_anew(
     lines = numbers(save)
     for how in ("", f" --load {other} --finetune"):
         argv = tiny_run(tiny_data, "--auto-resume --train-iters 4" + how, save=save)
-        (code, message), _ = run_on_ranks(exit_code, 2, argv)
+        (code, message), _ = run_training(exit_code, 2, argv)
         assert code == 2 and message.count("\n") == 1
         assert message.startswith(f"error: --load {save}: no checkpoint can be loaded: ")
         assert "optim_states.pt is missing" in message
@@ -184,18 +183,18 @@ def test_a_damaged_checkpoint_is_never_a_reason_to_begin_anew(
         shutil.rmtree(folder)
     assert (save / "latest").exists()
     argv = tiny_run(tiny_data, "--auto-resume --train-iters 4", save=save)
-    assert run_on_ranks(start, 1, argv, 2)[0][2] == 1
+    assert run_training(start, 1, argv, 2)[0][2] == 1
 
 
 def test_another_setting_is_refused_at_a_restart(tmp_path: Path, tiny_data: Path) -> None:
-    run_on_ranks(start, 1, tiny_run(tiny_data, RUN, save=tmp_path), 4)
+    run_training(start, 1, tiny_run(tiny_data, RUN, save=tmp_path), 4)
     for flags, message in (
         ("--num-layers 3", "num_layers is 2 in the checkpoint and 3 in this run"),
         ("--seed 7", "--seed is 1234 in the checkpoint and 7 in this run"),
         ("--sat-omission-rate 0.25", "sat_omission_rate is 0.5 in the checkpoint and 0.25"),
     ):
         argv = tiny_run(tiny_data, RUN + flags, save=tmp_path)
-        ((code, error),) = run_on_ranks(exit_code, 1, argv)
+        ((code, error),) = run_training(exit_code, 1, argv)
         assert code == 2 and f"error: --load {tmp_path}: " in error and message in error
 
 
@@ -216,7 +215,7 @@ def test_ranks_decide_together_and_leave_behind_how_the_run_began(
 ) -> None:
     flags = "--auto-resume --load elsewhere --finetune --ckpt-step 4 --no-load-optim"
     argv = tiny_run(tiny_data, flags, save=other)
-    assert run_on_ranks(what_each_rank_takes, 2, argv) == [(str(other), False, None, False)] * 2
+    assert run_training(what_each_rank_takes, 2, argv) == [(str(other), False, None, False)] * 2
 
 
 def what_each_rank_finds_done(argv: list[str], places: list[Path]) -> tuple[bool, str]:
@@ -246,7 +245,7 @@ def test_what_only_one_host_has_is_there_if_rank_0_has_it(
     argv = tiny_run(tiny_data, flags, save=other)
     for places, done in (([tmp_path, tmp_path / "no"], True), ([tmp_path / "no", tmp_path], False)):
         expected = (done, "[Errno 5] Input/output error: 'runs'")
-        assert run_on_ranks(what_each_rank_finds_done, 2, argv, places) == [expected] * 2
+        assert run_training(what_each_rank_finds_done, 2, argv, places) == [expected] * 2
 
 
 def test_contradictions(tmp_path: Path, tiny_data: Path) -> None:
@@ -266,5 +265,5 @@ def test_a_folder_of_a_run_is_still_refused_without_it(tmp_path: Path, tiny_data
     argv = tiny_run(tiny_data, RUN, save=tmp_path)
     argv.remove("--auto-resume")
     (tmp_path / METRICS_FILE).write_text('{"kind": "train", "iteration": 3}\n')
-    ((code, message),) = run_on_ranks(exit_code, 1, argv)
+    ((code, message),) = run_training(exit_code, 1, argv)
     assert code == 2 and "or give --auto-resume to begin it anew" in message

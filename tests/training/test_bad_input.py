@@ -14,8 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sat.exit_codes import ExitCode
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train_on_ranks, write_indexed_data
+from megatron_sat.testing.training import run_training, tiny_run, train_on_ranks, write_indexed_data
 from megatron_sat.training import run as training_run
 from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.initialize import run
@@ -38,7 +37,7 @@ def outcome(argv_of_rank: list[list[str]]) -> tuple[int, str]:
 def message_of(*argv_of_rank: list[str]) -> str:
     """The one message with which two ranks refuse their command lines."""
     both = argv_of_rank * 2 if len(argv_of_rank) == 1 else argv_of_rank
-    (code, stderr), (other_code, other_stderr) = run_on_ranks(outcome, 2, list(both))
+    (code, stderr), (other_code, other_stderr) = run_training(outcome, 2, list(both))
     assert code == other_code == 2
     assert other_stderr == ""
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
@@ -277,10 +276,10 @@ def test_a_mistake_that_one_rank_sees_ends_all(tmp_path, tiny_data, saved):
 
 def test_a_run_of_one_process_says_the_same(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, SAT + "--sat-decay-start-step 13", save=tmp_path / "save")
-    ((code, stderr),) = run_on_ranks(outcome, 1, [argv])
+    ((code, stderr),) = run_training(outcome, 1, [argv])
     assert (code, stderr) == (2, f"error: {message_of(argv)}\n")
     argv = tiny_run(tmp_path / "data", save=tmp_path / "save")
-    ((code, stderr),) = run_on_ranks(outcome, 1, [argv])
+    ((code, stderr),) = run_training(outcome, 1, [argv])
     assert (code, stderr) == (2, f"error: --train-data-path: {tmp_path}/data.idx does not exist\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -301,7 +300,7 @@ def fault_in_a_step(argv: list[str]) -> str:
 def test_an_error_while_training_is_no_mistake_of_the_users(tiny_data):
     """Its traceback is not lost, whatever its type."""
     for world_size in (1, 2):
-        assert set(run_on_ranks(fault_in_a_step, world_size, tiny_run(tiny_data))) == {
+        assert set(run_training(fault_in_a_step, world_size, tiny_run(tiny_data))) == {
             "shapes do not fit"
         }
 
@@ -321,7 +320,7 @@ def fault_on_the_last_rank(argv: list[str]) -> tuple[str, str | int]:
 
 
 def test_a_fault_of_the_program_ends_the_others_with_its_message(tiny_data):
-    others, failing = run_on_ranks(fault_on_the_last_rank, 2, tiny_run(tiny_data))
+    others, failing = run_training(fault_on_the_last_rank, 2, tiny_run(tiny_data))
     # With its own type and traceback where it happened, so that it can be found.
     assert failing == ("no such thing", "AttributeError")
     assert others == (

@@ -10,8 +10,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training import checkpoint
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.checkpoint import check_compatible
@@ -151,7 +150,7 @@ def test_what_is_left_behind_of_the_optimizer(tmp_path, tiny_data, stage):
     train_on_ranks([*argv, "--save", str(tmp_path / "first")], 2)
     argv += ["--load", str(tmp_path / "first"), "--train-iters", "5"]
     runs = {
-        flag: run_on_ranks(first_step, 2, [*argv, *([flag] if flag else [])])[0]
+        flag: run_training(first_step, 2, [*argv, *([flag] if flag else [])])[0]
         for flag in ("", "--no-load-optim", "--finetune")
     }
     assert runs[""][:2] == runs["--no-load-optim"][:2] == (4, 16)
@@ -193,9 +192,9 @@ def draw_while_training(argv: list[str]) -> list[tuple[float, float, float]]:
 
 def test_random_states_go_on_unless_they_are_left_behind(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, SAVING, save=tmp_path)
-    (first, second) = run_on_ranks(draw_while_training, 2, argv)
+    (first, second) = run_training(draw_while_training, 2, argv)
     assert first[0] != first[1]
     resumed = [*argv, "--load", str(tmp_path), "--ckpt-step", "2"]
-    assert run_on_ranks(draw_while_training, 2, resumed) == [first[2:], second[2:]]
-    anew = run_on_ranks(draw_while_training, 2, [*resumed, "--no-load-rng"])
+    assert run_training(draw_while_training, 2, resumed) == [first[2:], second[2:]]
+    anew = run_training(draw_while_training, 2, [*resumed, "--no-load-rng"])
     assert anew == [first[:2], second[:2]]

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.search import find_checkpoint
 
@@ -29,7 +28,7 @@ def test_the_optimizers_settings_are_those_of_the_flags(
     train_on_ranks(tiny_run(tiny_data, flags, save=tmp_path), 1)
     changed = f"{flags}--load {tmp_path} {how} --adam-beta1 0.8 --adam-beta2 0.9 "
     argv = tiny_run(tiny_data, changed + "--adam-eps 1e-6 --clip-grad 0.25")
-    ((clip_grad, groups),) = run_on_ranks(optimizer_of_a_loaded_run, 1, argv)
+    ((clip_grad, groups),) = run_training(optimizer_of_a_loaded_run, 1, argv)
     assert clip_grad == 0.25
     assert groups and all(group == ((0.8, 0.9), 1e-6) for group in groups)
 

@@ -14,8 +14,7 @@ from megatron_sat.exit_codes import ExitCode, RunEnded
 from megatron_sat.layers.communication import ScoreCommunicator
 from megatron_sat.site import Site
 from megatron_sat.state import SATState
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 from megatron_sat.training.watch import WrongNumbers
@@ -55,7 +54,7 @@ def decisions(argv: list[str]) -> tuple[list[tuple], list[int]]:
 
 @pytest.mark.parametrize("scope", ["", MICRO_BATCH])
 def test_data_parallel_ranks_with_different_data_choose_the_same_subsets(tiny_data, scope):
-    (first, tokens), (second, others) = run_on_ranks(decisions, 2, tiny_run(tiny_data, SAT + scope))
+    (first, tokens), (second, others) = run_training(decisions, 2, tiny_run(tiny_data, SAT + scope))
     assert first == second
     assert set(tokens).isdisjoint(others)
     # Heads in pairs: at rate 0.25 rounding keeps both.
@@ -85,7 +84,7 @@ def without_the_reduction(argv: list[str]) -> str:
 
 
 def test_ranks_that_choose_differently_stop_with_both_checksums(tiny_data):
-    first, second = run_on_ranks(without_the_reduction, 2, tiny_run(tiny_data, SAT))
+    first, second = run_training(without_the_reduction, 2, tiny_run(tiny_data, SAT))
     assert first == second
     assert first.startswith("iteration 1: the subsets of rank 1 have checksum ")
     checksums = [word.rstrip(",;") for word in first.split() if len(word.rstrip(",;")) == 16]
@@ -102,7 +101,7 @@ def differing_checksums() -> str:
 
 
 def test_a_dense_rank_among_sparse_ones_is_found():
-    (message, *others) = run_on_ranks(differing_checksums, 4)
+    (message, *others) = run_training(differing_checksums, 4)
     assert others == [message] * 3
     assert "iteration 7" in message and "rank 2" in message
     assert "None" in message and "0" * 16 in message
@@ -123,7 +122,7 @@ def differing_in_step_3(argv: list[str]) -> tuple[int, str]:
 
 def test_differing_subsets_are_wrong_numbers(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, SAT + "--save-interval 2", save=tmp_path)
-    ends = run_on_ranks(differing_in_step_3, 2, argv)
+    ends = run_training(differing_in_step_3, 2, argv)
     assert ends[0] == ends[1] and ends[0][0] == ExitCode.WRONG_NUMBERS
     assert "iteration 3: the subsets of rank 1 have checksum ffff" in ends[0][1]
     assert ends[0][1].endswith(f"the last good checkpoint is {tmp_path / 'global_step2'}")
@@ -159,10 +158,10 @@ def recomputed_run(argv: list[str]) -> tuple[list[tuple], list[float]]:
 @pytest.mark.parametrize("scope", ["", MICRO_BATCH])
 def test_recomputation_changes_nothing_and_decides_nothing(tiny_data, scope):
     flags = f"{SAT}{scope}--train-iters 4 --global-batch-size 4 --zero-stage 3 "
-    ((plain, losses),) = run_on_ranks(recomputed_run, 1, tiny_run(tiny_data, flags))
+    ((plain, losses),) = run_training(recomputed_run, 1, tiny_run(tiny_data, flags))
     assert losses[-1] < losses[0]
     for recomputation in RECOMPUTATION.values():
-        ((made, again),) = run_on_ranks(
+        ((made, again),) = run_training(
             recomputed_run, 1, tiny_run(tiny_data, flags + recomputation)
         )
         assert made == plain
@@ -172,7 +171,7 @@ def test_recomputation_changes_nothing_and_decides_nothing(tiny_data, scope):
 def test_recomputation_with_sequence_parallelism_changes_nothing(tiny_data):
     flags = SAT + "--train-iters 4 --tensor-model-parallel-size 2 --sequence-parallel "
     plain, again = (
-        run_on_ranks(recomputed_run, 2, tiny_run(tiny_data, flags + more))
+        run_training(recomputed_run, 2, tiny_run(tiny_data, flags + more))
         for more in ("", RECOMPUTATION["uniform"])
     )
     assert plain[0] == plain[1] == again[0] == again[1]
@@ -248,7 +247,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(
 ):
     flags, alike = LAYOUTS[layout]
     argv = tiny_run(tiny_data, f"{SAT}{flags}--zero-stage {stage}", save=tmp_path)
-    histories = run_on_ranks(spoil_one_gradient, 2, argv, step=3)
+    histories = run_training(spoil_one_gradient, 2, argv, step=3)
     for history in histories:
         # The warm-up's first step has learning rate 0.
         assert [changed for changed, _ in history] == [False, True, False, True, True, True]

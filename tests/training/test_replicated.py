@@ -4,8 +4,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train
+from megatron_sat.testing.training import run_training, tiny_run, train
 
 RUN = (
     "--train-iters 20 --micro-batch-size 4 --global-batch-size 4 --eval-iters 0 --qk-layernorm "
@@ -34,7 +33,7 @@ def replicated_parameters(argv: list[str]) -> dict[str, torch.Tensor]:
 )
 def test_tensor_parallel_ranks_end_with_equal_copies(tiny_data, layout, stage):
     argv = tiny_run(tiny_data, f"{RUN}{SAT}{layout}--zero-stage {stage}")
-    first, second = run_on_ranks(replicated_parameters, 2, argv)
+    first, second = run_training(replicated_parameters, 2, argv)
     layer = ("input_layernorm", "pre_mlp_layernorm", "self_attention.q_layernorm")
     layer += ("self_attention.k_layernorm",)
     names = {f"decoder.layers.{i}.{name}.weight" for i in (0, 1) for name in layer}
@@ -50,8 +49,8 @@ def test_their_copies_are_those_of_one_rank(tiny_data):
     # Dense, so that rounding changes no draw; and Adam with so large an epsilon follows the size
     # of gradients, not their sign alone.
     flags = RUN + "--lr 1 --adam-eps 1 --clip-grad 0 "
-    (alone,) = run_on_ranks(replicated_parameters, 1, tiny_run(tiny_data, flags))
-    shared, _ = run_on_ranks(
+    (alone,) = run_training(replicated_parameters, 1, tiny_run(tiny_data, flags))
+    shared, _ = run_training(
         replicated_parameters, 2, tiny_run(tiny_data, flags + SEQUENCE_PARALLEL)
     )
     for name, value in alone.items():

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_sat.checkpoint.convert import convert
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import train, train_on_ranks
+from megatron_sat.testing.training import run_training, train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.search import find_checkpoint
 from tests.training.resharding import (
@@ -107,7 +106,7 @@ def test_there_and_back_every_state_is_the_same_bit_for_bit(
     train_on_ranks(run_flags(tiny_data, f"{here}--train-iters 3", save=saves[0]), 2)
     for settings, load, save in ((there, *saves[:2]), (here, *saves[1:])):
         argv = run_flags(tiny_data, f"{settings}--train-iters 4 --load {load}", save=save)
-        run_on_ranks(save_at_once, 2, argv)
+        run_training(save_at_once, 2, argv)
     first, back = optimizer_files(saves[0]), optimizer_files(saves[2])
     assert first.keys() == back.keys()
     for place, value in first.items():
@@ -175,7 +174,7 @@ def test_the_log_says_what_changes_and_the_model_is_the_same(
     save = at_once["DP 2 x TP 1"]
     world_size, flags, layout, samples = CHANGES[change]
     argv = run_flags(tiny_data, f"{SAT}--load {save} --ckpt-step 8 {flags}")
-    output, (loss,) = run_on_ranks(before_the_first_step, world_size, argv)[0]
+    output, (loss,) = run_training(before_the_first_step, world_size, argv)[0]
     expected = [line for line in metrics(save) if line["kind"] == "eval"]
     assert [line["iteration"] for line in expected][:2] == [0, 8]
     assert loss == pytest.approx(expected[1]["validation_loss"], rel=1e-5)
@@ -236,7 +235,7 @@ def test_states_move_to_the_cpu_and_back(tmp_path: Path, tiny_data: Path, stage:
     saves = [tmp_path / name for name in ("first", "there", "back")]
     reference = training(train_on_ranks(run_flags(tiny_data, flags, save=saves[0]), 2))
     there = f"{flags}{offload}{TENSOR_PARALLEL}--load {saves[0]} --ckpt-step 2"
-    run_on_ranks(train_offloaded, 2, run_flags(tiny_data, there, save=saves[1]))
+    run_training(train_offloaded, 2, run_flags(tiny_data, there, save=saves[1]))
     back = f"{flags}--load {saves[1]} --ckpt-step 4"
     train_on_ranks(run_flags(tiny_data, back, save=saves[2]), 2)
     for save, first in ((saves[1], 2), (saves[2], 4)):
@@ -296,7 +295,7 @@ def test_selection_goes_on_with_the_stored_groups(
     argv = run_flags(tiny_data, f"{flags}--save-interval 4", save=first)
     reference = training(train_on_ranks(argv, 2), after=4)
     argv = run_flags(tiny_data, f"{flags}{TENSOR_PARALLEL}--load {first} --ckpt-step 4", save=on)
-    shares = run_on_ranks(smallest_share, 2, argv)
+    shares = run_training(smallest_share, 2, argv)
     run = training(metrics(on))
     for name in ("selection_checksum", "effective_omission_rate"):
         assert [line[name] for line in run] == [line[name] for line in reference]
@@ -318,7 +317,7 @@ def test_before_adams_first_step_there_is_nothing_to_take_over(
     for stage in (0, 2):
         save = tmp_path / str(stage)
         argv = run_flags(tiny_data, f"{flags}--zero-stage {stage}", save=save)
-        run_on_ranks(save_at_once, 2, argv)
+        run_training(save_at_once, 2, argv)
         assert DeepSpeedWeights(find_checkpoint(str(save))).step is None
         on = run_flags(tiny_data, f"{flags}{TENSOR_PARALLEL}--load {save}", save=save / "on")
         on += ["--zero-stage", str(3 - stage)]

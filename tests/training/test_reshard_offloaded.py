@@ -10,8 +10,8 @@ import torch
 
 from megatron_sat.checkpoint.deepspeed_reader import MOMENTS, DeepSpeedWeights
 from megatron_sat.checkpoint.parts import is_on_nvme
-from megatron_sat.testing import RankError, run_on_ranks
-from megatron_sat.testing.training import train, train_on_ranks
+from megatron_sat.testing import RankError
+from megatron_sat.testing.training import run_training, train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.rollback import roll_back
 from megatron_sat.training.search import find_checkpoint
@@ -74,7 +74,7 @@ def test_the_curve_goes_on_in_another_place_and_comes_back(
     reference = training(metrics(at_once))
 
     argv = run_flags(tiny_data, f"{there}{at_once} --ckpt-step 4 --save-interval 8", save=saves[0])
-    run_on_ranks(train_offloaded, 2, argv, device=SECOND)
+    run_training(train_offloaded, 2, argv, device=SECOND)
     run = training(metrics(saves[0]))
     assert [line["iteration"] for line in run] == list(range(5, 25))
     assert difference(run, reference[4:]) < 1e-3
@@ -82,7 +82,7 @@ def test_the_curve_goes_on_in_another_place_and_comes_back(
     # In the same place again, from the same step: not a bit is another.
     later = "--async-save --train-iters 20"
     argv = run_flags(tiny_data, f"{there}{saves[0]} --ckpt-step 16 {later}", save=saves[1])
-    run_on_ranks(train_offloaded, 2, argv, device=SECOND)
+    run_training(train_offloaded, 2, argv, device=SECOND)
     for name in ("loss", "grad_norm", "selection_checksum"):
         again = [line[name] for line in training(metrics(saves[1]))]
         assert again == [line[name] for line in run[12:16]], name
@@ -146,9 +146,9 @@ def test_there_and_back_every_state_is_the_same_bit_for_bit(
     flags = f"{BFLOAT16}--train-iters 4 --load "
     there = f"{flags}{in_bfloat16} {TENSOR_PARALLEL}--deepspeed_config {settings}"
     argv = run_flags(tiny_data, there, save=tmp_path / "there")
-    assert run_on_ranks(save_offloaded_at_once, 2, argv) == [on_nvme, on_nvme]
+    assert run_training(save_offloaded_at_once, 2, argv) == [on_nvme, on_nvme]
     argv = run_flags(tiny_data, f"{flags}{tmp_path / 'there'}", save=tmp_path / "back")
-    run_on_ranks(save_at_once, 2, argv)
+    run_training(save_at_once, 2, argv)
     first, back = (states(save, 3, steps=3) for save in (in_bfloat16, tmp_path / "back"))
     assert first.keys() == back.keys() and len(first) > 30
     for key, value in first.items():
@@ -195,7 +195,7 @@ def test_the_way_back_from_a_spike_reads_what_is_on_nvme(
     layers = "--num-layers 6 " if place == "parameters on nvme" else ""
     flags = f"{RUN}{layers}--lr-warmup-iters 0 --eval-iters 1 --deepspeed_config {settings}"
     argv = run_flags(tiny_data, flags, save=tmp_path / "run")
-    before, after = run_on_ranks(roll_back_at_once, 2, argv)[0]
+    before, after = run_training(roll_back_at_once, 2, argv)[0]
     assert before == after
     first, last = (states(tmp_path / "run", iteration, steps=1) for iteration in (1, 3))
     for key, value in first.items():
@@ -208,7 +208,7 @@ def test_parameters_on_nvme_that_are_not_trained_are_saved(tmp_path: Path, tiny_
     flags = f"{BFLOAT16}--train-iters 1 --train-only embedding|linear_fc2 "
     train_on_ranks(run_flags(tiny_data, flags, save=tmp_path / "here"), 2)
     argv = run_flags(tiny_data, f"{flags}--deepspeed_config {settings}", save=tmp_path / "there")
-    run_on_ranks(train_offloaded, 2, argv)
+    run_training(train_offloaded, 2, argv)
     here, there = (DeepSpeedWeights(find_checkpoint(str(tmp_path / n))) for n in ("here", "there"))
     for layer in range(2):
         name = f"decoder.layers.{layer}.mlp.linear_fc1.weight"
@@ -231,7 +231,7 @@ def test_weights_alone_leave_the_states_on_nvme_where_they_are(
     flags = f"{RUN}--deepspeed_config {settings} --load {at_once} --ckpt-step 4 --train-iters 5 "
     for more, times in (("", 1), ("--no-load-optim", 0)):
         argv = run_flags(tiny_data, flags + more)
-        assert run_on_ranks(count_sub_groups_read, 1, argv) == [times]
+        assert run_training(count_sub_groups_read, 1, argv) == [times]
 
 
 def train_as_deepspeed_does(argv: list[str]) -> None:
@@ -247,10 +247,10 @@ def test_states_that_were_not_saved_are_not_started_anew_in_silence(
     settings.write_text(json.dumps({"zero_optimization": places(tmp_path)["in part"]}))
     flags = f"{RUN}--deepspeed_config {settings} --train-iters "
     argv = run_flags(tiny_data, f"{flags}1", save=tmp_path / "run")
-    run_on_ranks(train_as_deepspeed_does, 1, argv)
+    run_training(train_as_deepspeed_does, 1, argv)
     argv = run_flags(tiny_data, f"{flags}2 --load {tmp_path / 'run'}")
     with pytest.raises(
         RankError, match=r"states of \d of \d sub-groups are missing, .*--no-load-o"
     ):
-        run_on_ranks(train_offloaded, 1, argv, device=SECOND)
-    run_on_ranks(train_offloaded, 1, [*argv, "--no-load-optim"], device=SECOND)
+        run_training(train_offloaded, 1, argv, device=SECOND)
+    run_training(train_offloaded, 1, [*argv, "--no-load-optim"], device=SECOND)

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megatron_sat.checkpoint.reshard import ReshardedStates
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.checkpoint import RUN_STATE, check_compatible
 from megatron_sat.training.initialize import RanksStopped
@@ -163,7 +162,7 @@ def stopped_where_one_rank_cannot_read(argv: list[str]) -> str:
 def test_all_ranks_stop_with_the_file(saved: Path, tmp_path: Path, tiny_data: Path) -> None:
     save = Path(shutil.copytree(saved, tmp_path / "run"))
     argv = tiny_run(tiny_data, f"{RUN}{TENSOR_PARALLEL}--load {save}")
-    messages = run_on_ranks(stopped_where_one_rank_cannot_read, 2, argv)
+    messages = run_training(stopped_where_one_rank_cannot_read, 2, argv)
     assert messages[0] == messages[1] and "Input/output error" in messages[0]
 
     file = save / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -171,15 +170,15 @@ def test_all_ranks_stop_with_the_file(saved: Path, tmp_path: Path, tiny_data: Pa
     states["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["step"] += 1
     torch.save(states, file)
     write_manifest(file.parent)
-    messages = run_on_ranks(stopped, 2, argv)
+    messages = run_training(stopped, 2, argv)
     assert messages[0] == messages[1]
     assert messages[0].endswith("Adam's states have step counts 2, 3, not one")
 
     content = file.read_bytes()
     file.write_bytes(b"x" * 4096 + content[4096:-4096] + b"x" * 4096)
-    messages = run_on_ranks(stopped, 2, argv)
+    messages = run_training(stopped, 2, argv)
     assert messages[0] == messages[1] and f"{file.name} has another content" in messages[0]
 
     file.unlink()
-    messages = run_on_ranks(stopped, 2, argv)
+    messages = run_training(stopped, 2, argv)
     assert messages[0] == messages[1] and messages[0].endswith(f"{file.name} is missing")

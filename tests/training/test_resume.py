@@ -10,8 +10,14 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from megatron_sat.testing import RankError, run_on_ranks
-from megatron_sat.testing.training import DETERMINISTIC, tiny_run, train, train_on_ranks
+from megatron_sat.testing import RankError
+from megatron_sat.testing.training import (
+    DETERMINISTIC,
+    run_training,
+    tiny_run,
+    train,
+    train_on_ranks,
+)
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
@@ -51,7 +57,7 @@ def run_killed_and_resumed(argv: list[str], save: Path, world_size: int) -> list
     processes."""
     first = [*argv, "--save", str(save), "--save-interval", "10"]
     with pytest.raises(RankError, match="its process died"):
-        run_on_ranks(killed_after, world_size, first, step=13)
+        run_training(killed_after, world_size, first, step=13)
     assert (save / "latest").read_text() == "global_step10"
     assert read_metrics(save / METRICS_FILE)[-1]["iteration"] == 12
     return train_on_ranks([*first, "--load", str(save)], world_size)
@@ -102,7 +108,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path, tiny_data):
 def test_a_finished_run_that_is_started_again_does_nothing(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, "--train-iters 3", save=tmp_path)
     lines = train_on_ranks(argv, 1)
-    (output,) = run_on_ranks(printed, 1, [*argv, "--load", str(tmp_path)])
+    (output,) = run_training(printed, 1, [*argv, "--load", str(tmp_path)])
     assert read_metrics(tmp_path / METRICS_FILE) == lines
     told = " nothing is left to train: iteration 3 of 3 is done; raise --train-iters to go on"
     assert output.splitlines()[-1] == told
@@ -135,7 +141,7 @@ def test_a_resumed_run_knows_the_first_validation_losses(tmp_path, tiny_data):
     first = train_on_ranks([*argv, "--train-iters", "4", "--save", str(tmp_path / "a")], 1)[0]
     argv += ["--load", str(tmp_path / "a"), "--save", str(tmp_path / "b")]
     argv += ["--valid-data", f"late={tiny_data}"]
-    (output,) = run_on_ranks(printed, 1, argv)
+    (output,) = run_training(printed, 1, argv)
     shown = {line.split()[0]: float(line.split()[3]) for line in output.splitlines()[-3:-1]}
     last = read_metrics(tmp_path / "b" / METRICS_FILE)[-1]["validation_loss"]
     change = last - first["validation_loss"]
@@ -152,5 +158,5 @@ def test_other_micro_batches_are_mentioned(tmp_path, tiny_data):
         (["--micro-batch-size", "4"], True),
         (["--micro-batch-size", "4", "--finetune"], False),
     ):
-        (output,) = run_on_ranks(printed, 1, [*argv, *flags])
+        (output,) = run_training(printed, 1, [*argv, *flags])
         assert (warning in output) == expected

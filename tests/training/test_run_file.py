@@ -6,8 +6,7 @@ import os
 
 import pytest
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.run_file import write_run_file
 from megatron_sat.training.topology import Place, Topology
@@ -59,7 +58,7 @@ def test_no_secret_is_written(write, monkeypatch):
 
 def test_the_log_has_every_setting_once(tiny_data):
     flags = "--train-iters 3 --adam-beta2 0.97 --sat-omission-rate 0.5 --sat-channel-multiple 16"
-    (output,) = run_on_ranks(said_by_a_run, 1, tiny_run(tiny_data, flags))
+    (output,) = run_training(said_by_a_run, 1, tiny_run(tiny_data, flags))
     config = parse_args(tiny_run(tiny_data, flags), world_size=1).to_dict()
     for part in ("model", "parallel", "optimizer", "data", "checkpoint", "logging", "watch", "sat"):
         (line,) = [line for line in output if line.startswith(f" {part}: ")]
@@ -97,7 +96,7 @@ def test_the_log_has_every_setting_once(tiny_data):
 )
 def test_where_rounding_keeps_everything_it_is_said(tiny_data, flags, expected):
     flags = f"--train-iters 3 --eval-iters 0 --sat-omission-rate 0.5 {flags}"
-    (output,) = run_on_ranks(said_by_a_run, 1, tiny_run(tiny_data, flags))
+    (output,) = run_training(said_by_a_run, 1, tiny_run(tiny_data, flags))
     assert [line for line in output if line.startswith(" WARNING")] == expected
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sat.testing import RankError, run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing import RankError
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training import saving
 from megatron_sat.training import writing as writing_module
 from megatron_sat.training.checkpoint import RUN_STATE
@@ -83,7 +83,7 @@ def test_an_asynchronous_checkpoint_is_the_blocking_one(
     blocking, beside = tmp_path / "blocking", tmp_path / "beside"
     train_on_ranks(tiny_run(tiny_data, flags, save=blocking), 2)
     argv = tiny_run(tiny_data, flags + "--async-save", save=beside)
-    run_on_ranks(train_on_before_files_are_written, 2, argv)
+    run_training(train_on_before_files_are_written, 2, argv)
     assert losses(blocking) == losses(beside)
     for name in ("global_step3", "global_step5"):
         one, other = blocking / name, beside / name
@@ -134,7 +134,7 @@ def parameters_when_the_stream_is_held(argv: list[str]) -> tuple[dict[int, float
 def test_the_optimizer_waits_for_copies(tmp_path: Path, tiny_data: Path) -> None:
     flags = RUN + "--train-iters 5 --save-interval 3 --async-save --zero-stage 1 "
     argv = tiny_run(tiny_data, flags + "--global-batch-size 8", save=tmp_path)
-    for after, held in run_on_ranks(parameters_when_the_stream_is_held, 2, argv):
+    for after, held in run_training(parameters_when_the_stream_is_held, 2, argv):
         assert len(set(after.values())) == 5
         # Once before each update while the save of step 3 is in flight, in steps of two
         # micro-batches.
@@ -180,7 +180,7 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, tiny_data: Path) -> Non
     argv = tiny_run(
         tiny_data, RUN + "--train-iters 4 --save-interval 2 --async-save", save=tmp_path
     )
-    (first, shown), (second, _) = run_on_ranks(save_while_another_is_in_flight, 2, argv)
+    (first, shown), (second, _) = run_training(save_while_another_is_in_flight, 2, argv)
     order = [("collect", 2), ("write", 2), ("publish", 2), ("collect", 4), ("write", 4)]
     assert first == [*order, ("publish", 4)]
     assert second == [event for event in order if event[0] != "publish"]
@@ -201,7 +201,7 @@ def test_ranks_ask_each_other_only_while_a_save_is_in_flight(
     tmp_path: Path, tiny_data: Path
 ) -> None:
     argv = tiny_run(tiny_data, RUN + "--train-iters 9 --save-interval 1000 --async-save")
-    (asked, _) = run_on_ranks(polls, 2, [*argv, "--save", str(tmp_path)])
+    (asked, _) = run_training(polls, 2, [*argv, "--save", str(tmp_path)])
     assert 2 <= asked < 9
 
 
@@ -227,7 +227,7 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(
     save = tmp_path / "killed"
     argv = tiny_run(tiny_data, flags + form, save=save)
     with pytest.raises(RankError, match="its process died"):
-        run_on_ranks(die_while_writing, 2, argv)
+        run_training(die_while_writing, 2, argv)
     assert (save / "latest").read_text() == "global_step2"
     unfinished = save / "unfinished-global_step4"
     assert unfinished.is_dir() and not (save / "global_step4").exists()
@@ -262,7 +262,7 @@ def test_a_snapshot_in_another_folder_leaves_the_checkpoints_alone(
 ) -> None:
     save, other = tmp_path / "save", tmp_path / "other"
     flags = RUN + f"--train-iters 4 --save-interval 2 --keep-last 2 {form} --save {save}"
-    shown, _ = run_on_ranks(save_a_snapshot, 2, tiny_run(tiny_data, flags), other)
+    shown, _ = run_training(save_a_snapshot, 2, tiny_run(tiny_data, flags), other)
     folders = [save / "global_step2", other / "global_step3", save / "global_step4"]
     assert shown == [f" saved {folder}" for folder in folders]
     assert all(verify(folder) == [] for folder in folders)
@@ -300,7 +300,7 @@ def test_a_fault_of_training_does_not_wait_for_files(tmp_path: Path, tiny_data: 
     flags = RUN + "--train-iters 4 --save-interval 2 --async-save"
     argv = tiny_run(tiny_data, flags, save=tmp_path)
     # The first file is given up, and no other begun.
-    assert run_on_ranks(fail_while_a_save_is_in_flight, 2, argv) == [([True], [])] * 2
+    assert run_training(fail_while_a_save_is_in_flight, 2, argv) == [([True], [])] * 2
     assert not (tmp_path / "global_step2").exists() and not (tmp_path / "latest").exists()
 
 

@@ -15,8 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_sat.exit_codes import RunEnded
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training import saving
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.checkpoint import RUN_STATE
@@ -76,7 +75,7 @@ def test_training_goes_on_after_a_save_that_failed(
     train_on_ranks(tiny_run(tiny_data, flags, save=tmp_path / "undisturbed"), 2)
     save = tmp_path / "full"
     argv = tiny_run(tiny_data, flags + form, save=save)
-    first, second = run_on_ranks(train_without_room, 2, argv, (4,))
+    first, second = run_training(train_without_room, 2, argv, (4,))
     assert first[:3] == second[:3] == (None, 6, "global_step6")
     file = save / "unfinished-global_step4" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     assert first[3] == [
@@ -96,7 +95,7 @@ def test_too_many_failures_in_a_row_end_the_run(form: str, tmp_path: Path, tiny_
     flags = RUN + "--train-iters 9 --save-interval 1 --max-save-failures 2 --zero-stage 1 "
     argv = tiny_run(tiny_data, flags + form, save=tmp_path)
     # A success, at step 3, begins the count anew.
-    first, second = run_on_ranks(train_without_room, 2, argv, (2, 4, 5, 6, 7))
+    first, second = run_training(train_without_room, 2, argv, (2, 4, 5, 6, 7))
     assert first[:3] == second[:3]
     ended, iteration, last, shown = first
     assert ended is not None and ended[1] == 74
@@ -113,7 +112,7 @@ def test_too_many_failures_in_a_row_end_the_run(form: str, tmp_path: Path, tiny_
 @FORMS
 def test_a_last_save_that_fails_ends_the_run(form: str, tmp_path: Path, tiny_data: Path) -> None:
     argv = tiny_run(tiny_data, RUN + f"--train-iters 2 --zero-stage 1 {form}", save=tmp_path)
-    for ended, iteration, last, _ in run_on_ranks(train_without_room, 2, argv, (2,)):
+    for ended, iteration, last, _ in run_training(train_without_room, 2, argv, (2,)):
         assert ended is not None and ended[1] == 74 and iteration == 2 and last is None
         assert ended[0].startswith("the last checkpoint could not be saved: global_step2: rank 1")
         assert ended[0].endswith("; no checkpoint was saved")
@@ -123,7 +122,7 @@ def test_no_place_for_a_checkpoint(tmp_path: Path, tiny_data: Path) -> None:
     """Rank 0 cannot make the folder: a file has its name."""
     (tmp_path / "unfinished-global_step2").write_text("in the way")
     argv = tiny_run(tiny_data, RUN + "--train-iters 4 --save-interval 2", save=tmp_path)
-    first, second = run_on_ranks(train_without_room, 2, argv, ())
+    first, second = run_training(train_without_room, 2, argv, ())
     assert first[:3] == second[:3] == (None, 4, "global_step4")
     assert "unfinished-global_step2 cannot be written (Not a directory)" in first[3][0]
 
@@ -132,7 +131,7 @@ def test_no_place_for_a_checkpoint(tmp_path: Path, tiny_data: Path) -> None:
 def test_no_place_for_the_last_checkpoint(form: str, tmp_path: Path, tiny_data: Path) -> None:
     (tmp_path / "unfinished-global_step2").write_text("in the way")
     argv = tiny_run(tiny_data, RUN + f"--train-iters 2 {form}", save=tmp_path)
-    for ended, iteration, last, _ in run_on_ranks(train_without_room, 2, argv, ()):
+    for ended, iteration, last, _ in run_training(train_without_room, 2, argv, ()):
         assert ended is not None and ended[1] == 74 and (iteration, last) == (2, None)
         assert ended[0].startswith("the last checkpoint could not be saved: global_step2: rank 0")
         assert "cannot be written (Not a directory); no checkpoint was saved" in ended[0]
@@ -167,7 +166,7 @@ def test_a_stop_after_a_save_that_failed_saves_again(
 ) -> None:
     (tmp_path / "unfinished-global_step2").write_text("in the way")
     flags = RUN + f"--train-iters 4 --save-interval 1 --save {tmp_path}"
-    ends = run_on_ranks(stop_when_a_save_has_failed, 2, tiny_run(tiny_data, flags), failures)
+    ends = run_training(stop_when_a_save_has_failed, 2, tiny_run(tiny_data, flags), failures)
     assert ends[0] == ends[1]
     message, code = ends[0]
     if failures == 1:
@@ -196,7 +195,7 @@ def test_a_file_that_is_not_what_was_written_is_a_save_that_failed(
     tmp_path: Path, tiny_data: Path
 ) -> None:
     argv = tiny_run(tiny_data, RUN + "--train-iters 4 --save-interval 2", save=tmp_path)
-    (ended, shown), _ = run_on_ranks(lose_bytes_after_writing, 2, argv)
+    (ended, shown), _ = run_training(lose_bytes_after_writing, 2, argv)
     assert ended is None
     file = tmp_path / "unfinished-global_step2" / RUN_STATE
     assert f"not saved (1 in a row), global_step2: rank 0: {file} has 10 bytes, " in shown[0]
@@ -228,7 +227,7 @@ def test_exports_that_fail_count_for_themselves(tmp_path: Path, tiny_data: Path)
     for step in (2, 3):
         (exports / f"unfinished-iter_000000{step}").write_text("in the way")
     argv = tiny_run(tiny_data, flags + f"--save-hf {exports}", save=tmp_path / "save")
-    (ended, shown), (other, _) = run_on_ranks(export_failing, 2, argv)
+    (ended, shown), (other, _) = run_training(export_failing, 2, argv)
     assert ended == other and ended is not None and ended[1] == 74
     assert ended[0].startswith("Hugging Face folder not saved 2 times in a row")
     assert "iter_0000003" in ended[0] and ended[0].endswith("/save/global_step3")
@@ -250,7 +249,7 @@ def test_an_end_for_want_of_exports_waits_for_the_checkpoint(
     flags = RUN + "--train-iters 4 --save-interval 2 --async-save --max-save-failures 1 "
     flags += f"--save-hf {tmp_path}/hf --save-hf-every-save"
     save = tmp_path / "save"
-    ends = run_on_ranks(export_failing, 2, tiny_run(tiny_data, flags, save=save))
+    ends = run_training(export_failing, 2, tiny_run(tiny_data, flags, save=save))
     assert ends[0][0] == ends[1][0] is not None and ends[0][0][1] == 74
     assert ends[0][0][0].startswith("Hugging Face folder not saved 1 times in a row")
     assert ends[0][0][0].endswith(f"; the last good checkpoint is {save}/global_step2")
@@ -292,7 +291,7 @@ def test_wrong_numbers_do_not_cost_the_checkpoint_that_is_being_written(
 ) -> None:
     flags = RUN + "--train-iters 6 --save-interval 2 --async-save --max-skipped-steps 1"
     argv = tiny_run(tiny_data, flags, save=tmp_path)
-    first, second = run_on_ranks(go_wrong_while_a_save_is_in_flight, 2, argv, held)
+    first, second = run_training(go_wrong_while_a_save_is_in_flight, 2, argv, held)
     assert first[:2] == second[:2] and first[1] == 70
     good = tmp_path / ("global_step2" if held else "global_step4")
     assert first[0].endswith(f"--max-skipped-steps is 1; the last good checkpoint is {good}")
@@ -304,7 +303,7 @@ def test_wrong_numbers_do_not_cost_the_checkpoint_that_is_being_written(
 def test_an_export_without_room_is_an_io_error(tmp_path: Path, tiny_data: Path) -> None:
     target = tmp_path / "hf"
     argv = tiny_run(tiny_data, RUN + f"--train-iters 1 --save-hf {target}")
-    ((ended, _),) = run_on_ranks(export_without_room, 1, argv)
+    ((ended, _),) = run_training(export_without_room, 1, argv)
     assert ended is not None and ended[1] == 74
     assert "unfinished-hf/model.safetensors cannot be written" in ended[0]
     assert list(tmp_path.iterdir()) == []
@@ -329,7 +328,7 @@ def test_a_full_disk(form: str, small_disk: Path, tiny_data: Path) -> None:
         + f"--train-iters 9 --save-interval 2 --tensorboard-dir {small_disk.parent}/tensorboard "
     )
     argv = tiny_run(tiny_data, flags + form, save=small_disk)
-    first, second = run_on_ranks(train_without_room, 2, argv, ())
+    first, second = run_training(train_without_room, 2, argv, ())
     assert first[0] == second[0] and first[0] is not None and first[0][1] == 74
     assert "No space left on device" in first[0][0]
     assert first[0][0].endswith(f"the last good checkpoint is {small_disk}/global_step2")

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training import manifest, search
 from megatron_sat.training.checkpoint import RUN_STATE
 from megatron_sat.training.initialize import RanksStopped
@@ -110,7 +109,7 @@ def test_a_run_steps_back_over_damage_and_is_the_run_that_was_never_stopped(
     size = cut.stat().st_size
     os.truncate(cut, size - 7)
     argv = tiny_run(tiny_data, f"{RUN}--load {copied}", save=copied)
-    first, second = run_on_ranks(output_of, 2, argv)
+    first, second = run_training(output_of, 2, argv)
     assert f"{flipped.parent} is damaged: {flipped.name} has another content" in first
     assert f"{cut.parent} is damaged: {cut.name} has {size - 7} bytes and had {size}" in first
     assert first.count("warning: ") == 2 and "warning" not in second
@@ -129,7 +128,7 @@ def test_later_checkpoints_of_a_branch_that_was_left_are_not_taken_again(
     run: Path, copied: Path, tiny_data: Path
 ) -> None:
     line = f"{RUN}--load {copied} --save-interval 3 "
-    run_on_ranks(until_step_3, 2, tiny_run(tiny_data, f"{line}--ckpt-step 2", save=copied))
+    run_training(until_step_3, 2, tiny_run(tiny_data, f"{line}--ckpt-step 2", save=copied))
     names = [path.name for path in list_checkpoints(copied)]
     assert names == ["global_step3", "global_step2"]
     assert (copied / "latest").read_text() == "global_step3"
@@ -234,7 +233,7 @@ def test_a_rank_that_cannot_read_ends_the_start_and_nothing_is_left_behind(
     entries = {name: manifest.Entry(**entry) for name, entry in listed.items()}
     file = copied / "global_step6" / manifest.shares(entries, 2)[1][0]
     argv = tiny_run(tiny_data, f"{RUN}--load {copied}", save=copied)
-    first, second = run_on_ranks(start_where_rank_1_cannot_read, 2, argv, file)
+    first, second = run_training(start_where_rank_1_cannot_read, 2, argv, file)
     assert first == second and first[1] == 2
     assert first[0] == (
         f"--load {copied}: {file.parent} could not be read: {file.name} cannot be read (Input/"
@@ -347,7 +346,7 @@ def files_that_were_read(argv: list[str]) -> list[str]:
 
 def test_ranks_read_each_file_once(run: Path, tiny_data: Path, tmp_path: Path) -> None:
     argv = tiny_run(tiny_data, f"{RUN}--load {run}", save=tmp_path)
-    first, second = run_on_ranks(files_that_were_read, 2, argv)
+    first, second = run_training(files_that_were_read, 2, argv)
     expected = json.loads((run / "global_step8" / MANIFEST).read_text())["files"]
     assert sorted(first + second) == sorted(expected) and first and second
 
@@ -371,7 +370,7 @@ def test_a_pickle_that_would_run_code_is_damage_however_well_it_is_signed(
     assert find_checkpoint(str(copied)).progress.iteration == 4
     error = capsys.readouterr().err
     assert f"{file.name} is refused: it names posix.mkdir, which could run code" in error
-    output, _ = run_on_ranks(
+    output, _ = run_training(
         output_of, 2, tiny_run(tiny_data, f"{RUN}--load {copied}", save=copied)
     )
     assert "is refused: it names posix.mkdir" in output and "global_step4, at" in output

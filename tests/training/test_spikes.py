@@ -10,8 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import DETERMINISTIC, tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import (
+    DETERMINISTIC,
+    run_training,
+    tiny_run,
+    train,
+    train_on_ranks,
+)
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 from megatron_sat.training.replicas import bit_hash
@@ -73,7 +78,7 @@ def lines_of(save: Path, kind: str) -> list[dict]:
 
 def test_a_spike_leaves_a_snapshot(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, SPIKES + "--zero-stage 0", save=tmp_path)
-    (messages,) = run_on_ranks(jump, 1, argv, steps=(23,))
+    (messages,) = run_training(jump, 1, argv, steps=(23,))
     assert any("loss spike in iteration 23" in text for text in messages)
     (line,) = lines_of(tmp_path, "spike")
     assert line["iteration"] == 23 and line["samples"] == [22 * 8, 23 * 8]
@@ -104,7 +109,7 @@ def behind_the_spike(argv: list[str], iteration: int) -> str:
 def test_a_rollback_goes_on_behind_the_spike(tmp_path, tiny_data, stage):
     flags = SPIKES + DETERMINISTIC + f"--zero-stage {stage} "
     argv = tiny_run(tiny_data, flags + "--rollback-on-spike", save=tmp_path / "save")
-    both = run_on_ranks(jump, 2, argv, steps=(18,))
+    both = run_training(jump, 2, argv, steps=(18,))
     (line,) = lines_of(tmp_path / "save", "spike")
     assert (line["iteration"], line["rolled_back_to"]) == (18, 10)
     (said,) = [text for text in both[0] if "loss spike in iteration 18" in text]
@@ -112,7 +117,7 @@ def test_a_rollback_goes_on_behind_the_spike(tmp_path, tiny_data, stage):
     # The same steps of a run that begins at iteration 10, with the data from iteration 18 on.
     load = f"--load {tmp_path}/save --ckpt-step 10"
     reference = tiny_run(tiny_data, flags + load, save=tmp_path / "other")
-    expected = run_on_ranks(behind_the_spike, 2, reference, 18)
+    expected = run_training(behind_the_spike, 2, reference, 18)
     assert [messages[-1] for messages in both] == expected
     names = ("iteration", "lr", "tokens")
     lines = lines_of(tmp_path / "save", "train")
@@ -121,7 +126,7 @@ def test_a_rollback_goes_on_behind_the_spike(tmp_path, tiny_data, stage):
         tuple(line[n] for n in names) for line in train_on_ranks(straight, 2) if "lr" in line
     ]
     # Resumed behind it, the run is the same; the event stays in the file.
-    resumed = run_on_ranks(jump, 2, [*argv, *f"--load {tmp_path}/save --ckpt-step 20".split()], ())
+    resumed = run_training(jump, 2, [*argv, *f"--load {tmp_path}/save --ckpt-step 20".split()], ())
     assert [messages[-1] for messages in resumed] == expected
     exact = ("iteration", "loss", "grad_norm", "lr", "tokens", "selection_checksum")
     again = lines_of(tmp_path / "save", "train")
@@ -139,7 +144,7 @@ def test_rollbacks_have_an_end(tmp_path, tiny_data):
     argv = tiny_run(
         tiny_data, SPIKES + "--train-iters 40 --save-interval 20 --rollback-on-spike", save=tmp_path
     )
-    (message,) = run_on_ranks(keeps_jumping, 1, [*argv, "--zero-stage", "0"])
+    (message,) = run_training(keeps_jumping, 1, [*argv, "--zero-stage", "0"])
     assert message.startswith("loss spike in iteration 25: ")
     assert message.endswith(
         f"after 3 rollbacks to one checkpoint; the last good checkpoint is {tmp_path}/global_step20"
@@ -152,7 +157,7 @@ def test_a_disk_that_takes_no_snapshot_and_a_damaged_checkpoint_end_no_run(tmp_p
     flags = SPIKES + "--train-iters 20 --save-interval 5 --zero-stage 1 --rollback-on-spike"
     damaged = (tmp_path / "global_step15" / "random_rank_00001.safetensors",)
     argv = tiny_run(tiny_data, flags, save=tmp_path)
-    messages, _ = run_on_ranks(jump, 2, argv, steps=(18,), damage=damaged)
+    messages, _ = run_training(jump, 2, argv, steps=(18,), damage=damaged)
     warnings = [text for text in messages if "WARNING" in text]
     assert [text.partition(",")[0] for text in warnings] == [
         " WARNING: spike.json not saved (1 in a row)",
@@ -171,7 +176,7 @@ def test_a_disk_that_takes_no_snapshot_and_a_damaged_checkpoint_end_no_run(tmp_p
 def test_a_rollback_needs_a_checkpoint_that_is_complete(tmp_path, tiny_data):
     flags = SPIKES + "--train-iters 22 --save-interval 18 --zero-stage 0 --rollback-on-spike "
     save = tmp_path / "save"
-    run_on_ranks(jump, 1, tiny_run(tiny_data, flags, save=save), steps=())
+    run_training(jump, 1, tiny_run(tiny_data, flags, save=save), steps=())
     shutil.rmtree(save / "global_step22")
     # As a crash leaves it between the two renames of a checkpoint that takes its place.
     folder = (save / "global_step18").rename(save / "replaced-global_step18")
@@ -180,7 +185,7 @@ def test_a_rollback_needs_a_checkpoint_that_is_complete(tmp_path, tiny_data):
         ((folder / "run_state.json",), f"{folder} is damaged: run_state.json has 10 bytes"),
     ):
         argv = tiny_run(tiny_data, flags + f"--load {save}", save=tmp_path / str(len(damage)))
-        ((*messages, _),) = run_on_ranks(jump, 1, argv, steps=(20,), damage=damage)
+        ((*messages, _),) = run_training(jump, 1, argv, steps=(20,), damage=damage)
         (said,) = [text for text in messages if "loss spike in iteration 20" in text]
         assert expected in said and ("; not rolled back: " in said) is bool(damage)
         assert f"; snapshot in {tmp_path}/{len(damage)}/spike-20" in said

@@ -9,9 +9,8 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.processes import Processes, start_processes
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 from megatron_sat.training.stop import SAME_REQUEST, Stopped, Stopping
@@ -179,8 +178,8 @@ def test_runs_of_some_steps_each_are_the_run_that_never_stopped(tmp_path, tiny_d
     train_on_ranks(tiny_run(tiny_data, flags, save=tmp_path / "whole"), 2)
     argv = tiny_run(tiny_data, flags + "--exit-interval 4", save=tmp_path / "parts")
     load = ["--load", str(tmp_path / "parts")]
-    first = run_on_ranks(stopped, 2, argv)
-    second = run_on_ranks(stopped, 2, argv + load)
+    first = run_training(stopped, 2, argv)
+    second = run_training(stopped, 2, argv + load)
     train_on_ranks(argv + load, 2)
     for iteration, messages in ((4, first), (8, second)):
         folder = tmp_path / "parts" / f"global_step{iteration}"
@@ -204,13 +203,13 @@ def stop_by_the_clock_of(rank: int) -> list[str | None]:
 
 def test_the_time_is_that_of_rank_0():
     over = "--exit-duration-in-mins 1"
-    assert run_on_ranks(stop_by_the_clock_of, 2, 0) == [[None, over, over, over]] * 2
-    assert run_on_ranks(stop_by_the_clock_of, 2, 1) == [[None] * 4] * 2
+    assert run_training(stop_by_the_clock_of, 2, 0) == [[None, over, over, over]] * 2
+    assert run_training(stop_by_the_clock_of, 2, 1) == [[None] * 4] * 2
 
 
 def test_time_that_is_over_saves_and_stops(tmp_path, tiny_data):
     flags = LONG + "--exit-duration-in-mins 0.0001 --zero-stage 1"
-    messages = run_on_ranks(stopped, 2, tiny_run(tiny_data, flags, save=tmp_path / "save"))
+    messages = run_training(stopped, 2, tiny_run(tiny_data, flags, save=tmp_path / "save"))
     assert set(messages) == {
         "--exit-duration-in-mins 0.0001 after iteration 1; "
         f"{tmp_path}/save/global_step1 is its last checkpoint"
@@ -219,8 +218,8 @@ def test_time_that_is_over_saves_and_stops(tmp_path, tiny_data):
 
 def test_the_last_step_ends_the_run_whatever_else_would(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, "--train-iters 4 --exit-interval 2", save=tmp_path / "save")
-    run_on_ranks(stopped, 1, argv)
-    (lines,) = run_on_ranks(finish, 1, [*argv, "--load", str(tmp_path / "save")])
+    run_training(stopped, 1, argv)
+    (lines,) = run_training(finish, 1, [*argv, "--load", str(tmp_path / "save")])
     assert lines == 4
 
 

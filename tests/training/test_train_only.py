@@ -7,8 +7,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_sat.testing import RankError, run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing import RankError
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.checkpoint import check_compatible
 from megatron_sat.training.loop import Trainer
@@ -55,7 +55,7 @@ def before_and_after(argv: list[str]) -> tuple[dict, dict]:
 )
 def test_the_first_step_is_that_of_full_training_for_what_is_named(tiny_data, flags):
     whole, only = (
-        run_on_ranks(before_and_after, 2, tiny_run(tiny_data, f"{run}--train-iters 1 {flags}"))
+        run_training(before_and_after, 2, tiny_run(tiny_data, f"{run}--train-iters 1 {flags}"))
         for run in (RUN, ONLY)
     )
     for (_, wanted), (before, after) in zip(whole, only, strict=True):
@@ -70,7 +70,7 @@ def test_bfloat16_at_stage_0_with_tied_rows(tiny_data):
     argv = tiny_run(tiny_data, f"{ONLY}--train-iters 2 --zero-stage 0 --bf16")
     argv.remove("--untie-embeddings-and-output-weights")
     argv += ["--tensor-model-parallel-size", "2"]
-    for before, after in run_on_ranks(before_and_after, 2, argv):
+    for before, after in run_training(before_and_after, 2, argv):
         moved = {name for name in after if not torch.equal(before[name], after[name])}
         assert moved == {"embedding.word_embeddings.weight"}
 
@@ -104,7 +104,7 @@ def test_every_stage_trains_and_resumes_the_same(tmp_path, tiny_data):
 
 def test_a_pattern_that_names_nothing_is_refused(tiny_data):
     with pytest.raises(RankError, match=r"'lm_head' is found in no .*decoder\.layers\.0\.mlp"):
-        run_on_ranks(before_and_after, 2, tiny_run(tiny_data, f"{RUN}--train-only lm_head"))
+        run_training(before_and_after, 2, tiny_run(tiny_data, f"{RUN}--train-only lm_head"))
     with pytest.raises(ValueError, match=r"--train-only '\(' is not a regular expression"):
         parse_args(tiny_run(tiny_data, "--train-only ("), world_size=1)
 
@@ -149,4 +149,4 @@ def layers_with_a_backward_pass(argv: list[str]) -> list[bool]:
 def test_frozen_layers_below_have_no_backward_pass(tiny_data, stage):
     flags = f"{RUN}--train-iters 1 --num-layers 3 --zero-stage {stage} --global-batch-size 2 "
     argv = tiny_run(tiny_data, flags + r"--train-only layers\.2\.")
-    assert run_on_ranks(layers_with_a_backward_pass, 1, argv) == [[False, False, True]]
+    assert run_training(layers_with_a_backward_pass, 1, argv) == [[False, False, True]]

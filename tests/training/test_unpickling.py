@@ -24,8 +24,13 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
 from megatron_sat.checkpoint.hf_reader import HFReader
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks, write_indexed_data
+from megatron_sat.testing.training import (
+    run_training,
+    tiny_run,
+    train,
+    train_on_ranks,
+    write_indexed_data,
+)
 from megatron_sat.training import unpickling
 from megatron_sat.training.manifest import write_manifest
 from megatron_sat.training.search import find_checkpoint, verify_contents
@@ -244,7 +249,7 @@ def test_no_rank_unpickles_it(tmp_path: Path, tiny_data: Path, malicious: Any, h
         torch.save(torch.load(file, weights_only=False) | {"a": malicious}, file)
     write_manifest(save / "global_step1")
     argv = tiny_run(tiny_data, f"{flags}{how} --load {save}", save=tmp_path / "on")
-    messages = run_on_ranks(load_at_every_rank, 2, argv)
+    messages = run_training(load_at_every_rank, 2, argv)
     assert messages[0] == messages[1]
     assert "is refused: it names io.open, which could run code" in messages[0]
     assert ", and 1 files more" in messages[0]
@@ -265,7 +270,7 @@ def test_weights_from_hugging_face_run_no_code(tmp_path: Path, malicious: Any) -
 def test_an_index_cache_runs_no_code(tmp_path: Path, malicious: Any, kind: str) -> None:
     data = write_indexed_data(tmp_path / "numbers")
     argv = tiny_run(data, "--train-iters 1 --lr-warmup-iters 0 --eval-iters 0")
-    run_on_ranks(load_at_every_rank, 1, argv)
+    run_training(load_at_every_rank, 1, argv)
     index = next((tmp_path / "index-cache").glob("train-*/*document_index.npy"))
     if kind == "pickle":
         index.write_bytes(pickle.dumps(malicious))
@@ -274,7 +279,7 @@ def test_an_index_cache_runs_no_code(tmp_path: Path, malicious: Any, kind: str) 
             np.savez(file, np.array([malicious], dtype=object))
     else:
         np.save(index, np.array([malicious], dtype=object))
-    message = run_on_ranks(load_at_every_rank, 1, argv)[0]
+    message = run_training(load_at_every_rank, 1, argv)[0]
     assert message.startswith(f"--data-cache-path: the index {index} is "), message
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train
+from megatron_sat.testing.training import run_training, tiny_run, train
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.deepspeed_config import build_deepspeed_config
 from megatron_sat.training.loop import Trainer
@@ -31,7 +30,7 @@ def spoiled(argv: list[str], losses=(), gradients=()) -> tuple[list[bool], list[
 def test_what_is_not_finite_reaches_nothing(tmp_path, tiny_data, stage, precision):
     flags = f"{SAT}{precision}--zero-stage {stage} --train-iters 6 --eval-iters 0 --clip-grad 0"
     argv = tiny_run(tiny_data, flags, save=tmp_path)
-    results = run_on_ranks(spoiled, 2, argv, losses=(3,), gradients=(5,))
+    results = run_training(spoiled, 2, argv, losses=(3,), gradients=(5,))
     for changed, _ in results:
         assert changed == [True, True, False, True, False, True]
     loss, gradient = results[0][1]
@@ -52,7 +51,7 @@ def test_it_reaches_nothing_on_the_cpu_either(tmp_path, tiny_data, stage, precis
     path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
     flags = f"{precision}--zero-stage {stage} --train-iters 6 --eval-iters 0 "
     argv = tiny_run(tiny_data, f"{flags}--deepspeed_config {path}", save=tmp_path / "save")
-    results = run_on_ranks(spoiled, 2, argv, losses=(3,), gradients=(5,))
+    results = run_training(spoiled, 2, argv, losses=(3,), gradients=(5,))
     for changed, _ in results:
         assert changed == [True, True, False, True, False, True]
     loss, gradient = results[0][1]
@@ -69,7 +68,7 @@ def gives_up(argv: list[str], losses: tuple[int, ...]) -> tuple[str, int]:
 def test_too_many_in_a_row_stop_the_run_without_saving(tmp_path, tiny_data):
     flags = "--max-skipped-steps 3 --save-interval 4 --eval-iters 0 --zero-stage 1"
     argv = tiny_run(tiny_data, flags, save=tmp_path)
-    ends = run_on_ranks(gives_up, 2, argv, losses=(2, 3, 6, 7, 8))
+    ends = run_training(gives_up, 2, argv, losses=(2, 3, 6, 7, 8))
     assert ends[0] == ends[1]
     message, code = ends[0]
     assert code == 70
@@ -98,7 +97,7 @@ def poisoned(argv: list[str]) -> str:
 @pytest.mark.parametrize("stage", ["0", "3"])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, tiny_data, stage):
     flags = f"--save-interval 4 --exit-interval 5 --eval-iters 0 --zero-stage {stage}"
-    first, second = run_on_ranks(poisoned, 2, tiny_run(tiny_data, flags, save=tmp_path))
+    first, second = run_training(poisoned, 2, tiny_run(tiny_data, flags, save=tmp_path))
     assert (
         first
         == second
@@ -183,7 +182,7 @@ LINEAR = "decoder.layers.0.mlp.linear_fc1.weight"
 def test_copies_that_differ_stop_the_run(tmp_path, tiny_data, flags, name, expected):
     flags += " --check-weight-hash-across-dp-replicas-interval 3 --micro-batch-size 1 --lr 1e-5 "
     flags += "--global-batch-size 3 --eval-iters 0 --save-interval 2"
-    messages = run_on_ranks(
+    messages = run_training(
         drifted, 3, tiny_run(tiny_data, flags, save=tmp_path), rank=2, name=name
     )
     assert set(messages) == {
@@ -226,6 +225,6 @@ def flip_and_check(argv: list[str], name: str, rank: int) -> list[str]:
 )
 def test_copies_are_compared_in_every_layout(tiny_data, flags, rank, expected):
     argv = tiny_run(tiny_data, f"{flags} --train-iters 3 --eval-iters 0")
-    messages = run_on_ranks(flip_and_check, 2, argv, name=NORM, rank=rank)
+    messages = run_training(flip_and_check, 2, argv, name=NORM, rank=rank)
     # Two ranks: which of them is right is not known, the first one is taken for it.
     assert set(messages) == {f"iteration 1: copies that must be equal differ: {expected} {NORM}"}

@@ -4,11 +4,11 @@ import json
 from unittest import mock
 
 import pytest
+import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import get_z3_leaf_modules
 
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.loop import Trainer
 
 # Rate 0.5 up to step 8, 0.25 up to step 11, then dense; two micro-batches a step on each rank.
@@ -72,6 +72,9 @@ def external_parameters_and_dropped_traces(argv: list[str]) -> tuple[int, list[i
     model = trainer.engine.module
     if "leaf_module" not in str(trainer.config.deepspeed_config):
         assert get_z3_leaf_modules(model) == list(model.decoder.layers)
+        for layer in model.decoder.layers:  # what DeepSpeed is told is there
+            there = [(name, id(p)) for name, p in torch.nn.Module.named_parameters(layer)]
+            assert [(name, id(p)) for name, p in layer.named_parameters()] == there
     modules = model.modules()
     return sum(len(dict(m.ds_external_parameters())) for m in modules), dropped, len(checksums)
 
@@ -90,7 +93,7 @@ def test_zero_3_keeps_its_trace_and_finds_no_external_parameters(
     path.write_text(json.dumps(deepspeed))
     flags = f"{SAT}{layout}--zero-stage 3 --train-iters 10 --eval-interval 4"
     flags += f" --deepspeed_config {path}"
-    for external, dropped, subsets in run_on_ranks(
+    for external, dropped, subsets in run_training(
         external_parameters_and_dropped_traces, 2, tiny_run(tiny_data, flags)
     ):
         assert external == 0
