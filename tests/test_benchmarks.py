@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megatron_sat.testing import run_on_ranks
+from megatron_sat.testing.training import run_training
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -27,7 +27,7 @@ def test_what_saving_costs(tmp_path: Path) -> None:
     save, output = tmp_path / "save", tmp_path / "saving.csv"
     argv = f"--save {save} --output {output} --model tiny --seq-length 16 --vocab-size 64 "
     argv += "--micro-batch 1 --micro-batches 2 --interval 3 --turns 2 --blocking-turns 1"
-    first, _ = run_on_ranks(run_saving, 2, argv.split())
+    first, _ = run_training(run_saving, 2, argv.split())
     assert [(row["form"], row["intervals"]) for row in first] == [
         ("none", 2),
         ("async", 2),

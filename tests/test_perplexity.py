@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sat.perplexity import evaluate_perplexity, windows
-from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing import RankError
 from megatron_sat.testing.huggingface import write_model, write_tokenizer
-from megatron_sat.testing.training import tiny_run, train_on_ranks, write_indexed_data
+from megatron_sat.testing.training import run_training, tiny_run, train_on_ranks, write_indexed_data
 
 DOMAINS = {
     "finance": ["Banks pay.", "", "Rates rise again, and so do prices; nobody minds: " * 5],
@@ -146,11 +146,11 @@ def on_ranks(*args: Any, **options: Any) -> dict[str, Any]:
 
 def test_ranks_share_the_documents(folder: Path, files: list[str]) -> None:
     alone = evaluate_perplexity(str(folder), files, context=40).to_dict()
-    for shared in run_on_ranks(on_ranks, 2, str(folder), files, context=40):
+    for shared in run_training(on_ranks, 2, str(folder), files, context=40):
         for name, result in alone["domains"].items():
             assert shared["domains"][name] == pytest.approx(result, rel=1e-6)
     with pytest.raises(RankError, match=r"--data: there is no file absent\.jsonl"):
-        run_on_ranks(on_ranks, 2, str(folder), ["absent.jsonl"])
+        run_training(on_ranks, 2, str(folder), ["absent.jsonl"])
 
 
 @pytest.fixture(scope="module")

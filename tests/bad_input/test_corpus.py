@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 
-from megatron_sat.testing import run_on_ranks
+from megatron_sat.testing.training import run_training
 from tests.bad_input import strategies
 from tests.bad_input.places import make_inputs
 from tests.bad_input.running import (
@@ -59,7 +59,7 @@ def test_every_case_is_refused_with_one_error(inputs: Path) -> None:
     kinds = {case["kind"] for case in cases}
     assert kinds >= {"arguments", "deepspeed", "data", "tokenizer", "checkpoint", "manifest"}
     before = digests(inputs)
-    (found,) = run_on_ranks(complaints, 1, cases, inputs, timeout=300)
+    (found,) = run_training(complaints, 1, cases, inputs, timeout=300)
     assert not found, "\n".join(found)
     assert digests(inputs) == before
 
@@ -73,7 +73,7 @@ def unspoiled(inputs: Path) -> dict[str, Outcome]:
 
 
 def test_the_same_commands_are_accepted_with_nothing_spoiled(inputs: Path) -> None:
-    (outcomes,) = run_on_ranks(unspoiled, 1, inputs)
+    (outcomes,) = run_training(unspoiled, 1, inputs)
     for name, result in outcomes.items():
         assert result.accepted, f"{name}: {result}"
 
@@ -100,7 +100,7 @@ def test_two_ranks_end_together(inputs: Path, case: dict[str, Any]) -> None:
         before = digests(inputs)
         # Batch sizes are counted over the ranks, and both have the same command line.
         argv = [*argv_of(case, inputs), "--global-batch-size", "8"]
-        first, second = run_on_ranks(on_ranks, 2, [argv, argv], timeout=LIMIT)
+        first, second = run_training(on_ranks, 2, [argv, argv], timeout=LIMIT)
         assert digests(inputs) == before
     assert first.complaint(says) is None
     assert (second.code, second.stderr) == (2, "")
@@ -114,7 +114,7 @@ def test_an_input_that_is_malformed_for_one_rank_ends_both(inputs: Path) -> None
     for bad in (["--seed", "nan"], ["--train-data-path", "nowhere"], ["--load", str(inputs)]):
         for ranks in ([good, good + bad], [good + bad, good]):
             lines = [[*argv, "--save", str(save)] for argv in ranks]
-            outcomes = run_on_ranks(on_ranks, 2, lines, timeout=LIMIT)
+            outcomes = run_training(on_ranks, 2, lines, timeout=LIMIT)
             assert [result.code for result in outcomes] == [2, 2]
             assert outcomes[0].complaint([]) is None and outcomes[1].stderr == ""
     assert digests(inputs) == before
@@ -144,5 +144,5 @@ def explore(kind: str, inputs: Path, examples: int) -> int:
 
 @pytest.mark.parametrize("kind", strategies.KINDS)
 def test_beyond_the_corpus(inputs: Path, kind: str) -> None:
-    (refused,) = run_on_ranks(explore, 1, kind, inputs, examples=20)
+    (refused,) = run_training(explore, 1, kind, inputs, examples=20)
     assert refused >= 8, "the strategy draws too few inputs that are malformed"

@@ -15,10 +15,9 @@ from megatron_sat.checkpoint.hf_config import read_hf_config
 from megatron_sat.checkpoint.hf_export import HFExport, HFWriter
 from megatron_sat.checkpoint.hf_import import HFWeights
 from megatron_sat.checkpoint.hf_reader import HFReader
-from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.huggingface import write_model, write_tokenizer
 from megatron_sat.testing.ranks import RankError
-from megatron_sat.testing.training import train
+from megatron_sat.testing.training import run_training, train
 from megatron_sat.training.config import DataConfig
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -186,7 +185,7 @@ def run_flags(folder: Path, data: Path, out: Path) -> list[str]:
 def refusal(argv: list[str]) -> str:
     """What all ranks were told of a run that one of them could not start."""
     with pytest.raises(RankError) as error:
-        run_on_ranks(_train, 2, argv)
+        run_training(_train, 2, argv)
     assert "RanksStopped" in error.value.details
     return error.value.details
 

@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sat.checkpoint.convert import convert, main
 from megatron_sat.checkpoint.deepspeed_reader import DeepSpeedWeights
-from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.huggingface import write_model
-from megatron_sat.testing.training import tiny_run, train, train_on_ranks
+from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.search import find_checkpoint
 
 
@@ -115,7 +114,7 @@ def test_a_model_from_scratch_becomes_a_folder(tiny_data: Path, tmp_path: Path) 
     flags = "--train-iters 2 --save-interval 1 --lr-warmup-iters 0 --qk-layernorm --eval-iters 0"
     argv = tiny_run(tiny_data, flags, save=tmp_path / "run")
     argv += ["--save-hf", str(tmp_path / "hf"), "--save-hf-every-save"]
-    ours = run_on_ranks(train_and_evaluate, 2, argv)[0]
+    ours = run_training(train_and_evaluate, 2, argv)[0]
     folders = sorted((tmp_path / "hf").iterdir())
     assert [folder.name for folder in folders] == ["iter_0000001", "iter_0000002"]
     losses = []

@@ -7,9 +7,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.huggingface import FAMILY_CASES, VOCABULARY, write_model
-from megatron_sat.testing.training import train
+from megatron_sat.testing.training import run_training, train
 
 SEQUENCE = 40  # longer than every window of FAMILY_CASES
 
@@ -103,7 +102,7 @@ def test_logits_and_trained_loss_are_those_of_transformers(
     tensor_parallel, ranks, zero_stage = layout
     argv = flags(folder, tiny_data, tensor_parallel=tensor_parallel, zero_stage=zero_stage)
     argv += ["--save-hf", str(tmp_path / "out")]
-    results = run_on_ranks(load_train_and_save, ranks, argv)
+    results = run_training(load_train_and_save, ranks, argv)
 
     expected = transformers_logits(folder)
     trained = transformers_logits(tmp_path / "out")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.huggingface import build_model, write_tokenizer
+from megatron_sat.testing.training import run_training
 from tests.training.offloading import plain_offloading
 
 # Embedding and output have 30 MiB each, far more than the blocks that are read at once; attention's
@@ -100,7 +100,7 @@ def test_a_rank_reads_and_holds_no_more_than_it_keeps(
     argv = flags(
         folder, f"--tensor-model-parallel-size {tensor_parallel} --zero-stage {zero_stage}"
     )
-    results = run_on_ranks(load, ranks, argv)
+    results = run_training(load, ranks, argv)
     whole = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     row, parameters = 704 * 2, 2 * 6 + 3
     for result in results:
@@ -144,5 +144,5 @@ def test_what_is_on_nvme_is_written_once_and_not_at_all_where_that_fails(
     settings = tmp_path / "deepspeed.json"
     settings.write_text(json.dumps({"zero_optimization": {"offload_param": place}}))
     argv = flags(folder, f"--deepspeed_config {settings}")
-    ((swapped, writes, same),) = run_on_ranks(load_on_nvme, 1, argv)
+    ((swapped, writes, same),) = run_training(load_on_nvme, 1, argv)
     assert swapped == 2 and writes == [1, 1] and same

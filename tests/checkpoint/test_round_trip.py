@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from megatron_sat.checkpoint.hf_config import read_hf_config
 from megatron_sat.checkpoint.hf_export import HFExport, HFWriter
 from megatron_sat.checkpoint.hf_reader import HFReader
-from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.huggingface import write_model, write_tokenizer
+from megatron_sat.testing.training import run_training
 from megatron_sat.training.config import DataConfig
 
 
@@ -70,7 +70,7 @@ def test_every_file_comes_back_to_the_byte(
     folder = write_tokenizer(write_model(tmp_path / "in", case, dtype=dtype))
     out = tmp_path / "out"
     argv = flags(folder, out, tensor_parallel=tensor_parallel, zero_stage=zero_stage)
-    run_on_ranks(load_and_save, 2, argv + (["--bf16"] if bf16 else []))
+    run_training(load_and_save, 2, argv + (["--bf16"] if bf16 else []))
     names = sorted(path.name for path in folder.iterdir())
     assert sorted(path.name for path in out.iterdir()) == names
     assert {"tokenizer.json", "generation_config.json", "config.json"} <= set(names)
@@ -104,7 +104,7 @@ def test_shards_are_read_and_written(tmp_path: Path, kind: str) -> None:
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     out = tmp_path / "out"
     argv = flags(folder, out, tensor_parallel=2, zero_stage=3)
-    run_on_ranks(load_and_save, 2, argv, max_shard_bytes=60_000)
+    run_training(load_and_save, 2, argv, max_shard_bytes=60_000)
     saved = json.loads((out / "model.safetensors.index.json").read_text())
     assert saved["metadata"] == index["metadata"]
     assert saved["weight_map"].keys() == index["weight_map"].keys()

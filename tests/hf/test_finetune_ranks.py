@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sat.stopping import RanksStopped, run
-from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing import RankError
 from megatron_sat.testing.chats import SAT, fine_tune_command, write_chat_model, write_chats
 from megatron_sat.testing.finetuning import logged
+from megatron_sat.testing.training import run_training
 
 ZERO_3 = {
     "zero_optimization": {
@@ -61,14 +62,14 @@ def test_two_ranks_are_one_with_the_same_batch(
     config.write_text(json.dumps(ZERO_3))
     flags = SAT if method == "sat" else ["--method", "lora", "--lora_r", "4", "--lora_dropout", "0"]
     one = [*flags, "--per_device_train_batch_size", "8"]
-    (expected,) = run_on_ranks(train, 1, model, data, tmp_path / "one", one)
+    (expected,) = run_training(train, 1, model, data, tmp_path / "one", one)
     tuned = load_file(tmp_path / "one" / "tuned" / "model.safetensors")
     for wrapper, more in {
         "DistributedDataParallel": [],
         "DeepSpeedEngine": ["--deepspeed", str(config)],
     }.items():
         output = tmp_path / wrapper
-        for rank in run_on_ranks(train, 2, model, data, output, [*flags, *more]):
+        for rank in run_training(train, 2, model, data, output, [*flags, *more]):
             assert rank["wrapper"] == wrapper
             assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
             assert rank["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-5)
@@ -87,7 +88,7 @@ def with_a_file_that_rank_1_lacks(model: Path, data: Path, output: Path) -> None
 
 def test_ranks_stop_together(tmp_path: Path, model: Path, data: Path) -> None:
     with pytest.raises(RankError, match=r"absent.jsonl: cannot be read") as error:
-        run_on_ranks(with_a_file_that_rank_1_lacks, 2, model, data, tmp_path)
+        run_training(with_a_file_that_rank_1_lacks, 2, model, data, tmp_path)
     assert error.value.rank == 0
     assert "RanksStopped" in error.value.details
 
@@ -106,7 +107,7 @@ def with_weights_that_rank_1_lacks(model: Path, data: Path, output: Path) -> Any
 
 
 def test_weights_that_one_rank_lacks_stop_all(tmp_path: Path, model: Path, data: Path) -> None:
-    for message, alone in run_on_ranks(with_weights_that_rank_1_lacks, 2, model, data, tmp_path):
+    for message, alone in run_training(with_weights_that_rank_1_lacks, 2, model, data, tmp_path):
         assert message.startswith(f"--model_name_or_path {tmp_path / 'no_weights'}: ")
         assert not alone
 
@@ -126,7 +127,7 @@ def that_ends_alone() -> tuple[int, str]:
 
 
 def test_a_rank_that_ends_alone_says_why_and_does_not_wait() -> None:
-    assert run_on_ranks(that_ends_alone, 2) == [(0, ""), (2, "error: what rank 1 found\n")]
+    assert run_training(that_ends_alone, 2) == [(0, ""), (2, "error: what rank 1 found\n")]
 
 
 def with_accelerate_launch(
@@ -158,13 +159,13 @@ def test_what_only_the_launcher_says_is_refused_as_well(
 ) -> None:
     environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
     with pytest.raises(RankError, match=message):
-        run_on_ranks(with_accelerate_launch, 1, model, data, tmp_path, flags, environment)
+        run_training(with_accelerate_launch, 1, model, data, tmp_path, flags, environment)
 
 
 def test_zero_3_that_would_save_nothing_is_refused(tmp_path: Path, model: Path, data: Path) -> None:
     config = tmp_path / "zero3.json"
     config.write_text(json.dumps(ZERO_3 | {"zero_optimization": {"stage": 3}}))
     with pytest.raises(RankError, match="stage3_gather_16bit_weights_on_model_save must be true"):
-        run_on_ranks(
+        run_training(
             train, 1, model, data, tmp_path, ["--method", "full", "--deepspeed", str(config)]
         )

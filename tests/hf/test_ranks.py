@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from megatron_sat import SATConfig
 from megatron_sat.hf import disable_sat, enable_sat
 from megatron_sat.hf.attach import find_attachment
-from megatron_sat.testing import RankError, run_on_ranks
+from megatron_sat.testing import RankError
 from megatron_sat.testing.finetuning import (
     Recorder,
     fine_tune,
@@ -21,6 +21,7 @@ from megatron_sat.testing.finetuning import (
     ten_steps,
 )
 from megatron_sat.testing.huggingface import build_model, write_model
+from megatron_sat.testing.training import run_training
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path, llama: Path) -> None:
     config = ten_steps(total_steps=6, decay_start_step=2)  # 0.25 at step 3
     one = {"per_device_train_batch_size": 8, "max_steps": 6}
-    (expected,) = run_on_ranks(train, 1, llama, tmp_path, config, **one)
+    (expected,) = run_training(train, 1, llama, tmp_path, config, **one)
     assert [checksum is None for checksum in expected["checksums"]] == [False] * 3 + [True] * 3
     assert len(set(expected["checksums"])) == 4
     evaluation = {"eval_strategy": "steps", "eval_steps": 2}
@@ -95,7 +96,7 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path, llama: Path) -> N
             "gradient_checkpointing": True,
         },
     }.items():
-        for rank in run_on_ranks(train, 2, llama, tmp_path, config, max_steps=6, **options):
+        for rank in run_training(train, 2, llama, tmp_path, config, max_steps=6, **options):
             assert rank["wrapper"] == wrapper.split(",")[0]
             assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5), wrapper
             assert rank["checksums"] == expected["checksums"], wrapper
@@ -110,10 +111,10 @@ def test_zero_3_of_other_families(tmp_path: Path, case: str) -> None:
     folder = write_model(tmp_path / "model", case)
     config = ten_steps(scope="micro-batch", metric="wanda", total_steps=4, decay_start_step=3)
     options = {"max_steps": 4, "gradient_accumulation_steps": 2}
-    (expected,) = run_on_ranks(
+    (expected,) = run_training(
         train, 1, folder, tmp_path, config, per_device_train_batch_size=8, **options
     )
-    for rank in run_on_ranks(train, 2, folder, tmp_path, config, deepspeed=zero(3), **options):
+    for rank in run_training(train, 2, folder, tmp_path, config, deepspeed=zero(3), **options):
         assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert rank["checksums"] == expected["checksums"]
         assert (rank["external"], rank["gathered"], rank["dropped_traces"]) == (0, 0, [])
@@ -122,9 +123,9 @@ def test_zero_3_of_other_families(tmp_path: Path, case: str) -> None:
 def test_a_resumed_zero_3_run_is_the_one_never_stopped(tmp_path: Path, llama: Path) -> None:
     options = {"deepspeed": zero(3), "save_strategy": "steps", "save_steps": 4}
     config = ten_steps(selection="static")
-    whole = run_on_ranks(train, 2, llama, tmp_path, config, **options)
+    whole = run_training(train, 2, llama, tmp_path, config, **options)
     options["resume"] = tmp_path / "checkpoint-4"
-    resumed = run_on_ranks(train, 2, llama, tmp_path / "on", config, **options)
+    resumed = run_training(train, 2, llama, tmp_path / "on", config, **options)
     for before, after in zip(whole, resumed, strict=True):
         assert after["losses"] == before["losses"]
         assert after["checksums"] == before["checksums"][4:]
@@ -148,10 +149,10 @@ def in_a_loop_of_ones_own(lengths: list[int]) -> list[Any]:
 
 
 def test_a_rank_without_tokens_takes_part() -> None:
-    (expected,) = run_on_ranks(in_a_loop_of_ones_own, 1, [9, 0])
+    (expected,) = run_training(in_a_loop_of_ones_own, 1, [9, 0])
     assert len(set(expected)) == 2
-    assert run_on_ranks(in_a_loop_of_ones_own, 2, [9, 0]) == [expected] * 2
-    assert run_on_ranks(in_a_loop_of_ones_own, 2, [9, 12]) != [expected] * 2
+    assert run_training(in_a_loop_of_ones_own, 2, [9, 0]) == [expected] * 2
+    assert run_training(in_a_loop_of_ones_own, 2, [9, 12]) != [expected] * 2
 
 
 def with_other_subsets_on_rank_1(folder: Path, output: Path) -> None:
@@ -170,7 +171,7 @@ def with_other_subsets_on_rank_1(folder: Path, output: Path) -> None:
 def test_different_subsets_stop_all_ranks(tmp_path: Path, llama: Path) -> None:
     message = "iteration 3: the subsets of rank 1 have checksum"
     with pytest.raises(RankError, match=message) as error:
-        run_on_ranks(with_other_subsets_on_rank_1, 2, llama, tmp_path)
+        run_training(with_other_subsets_on_rank_1, 2, llama, tmp_path)
     assert "rank 1 failed too" in str(error.value)
 
 
@@ -191,7 +192,7 @@ def groups_left_after_training(folder: Path, output: Path) -> tuple[int, bool]:
 def test_statistics_have_a_process_group_of_their_own_while_they_last(
     tmp_path: Path, llama: Path
 ) -> None:
-    assert run_on_ranks(groups_left_after_training, 2, llama, tmp_path) == [(0, True)] * 2
+    assert run_training(groups_left_after_training, 2, llama, tmp_path) == [(0, True)] * 2
 
 
 def refused_with_sharded_weights() -> str:
@@ -209,5 +210,5 @@ def refused_with_sharded_weights() -> str:
 
 
 def test_weights_sharded_by_a_tensor_parallel_plan_are_refused() -> None:
-    for message in run_on_ranks(refused_with_sharded_weights, 2):
+    for message in run_training(refused_with_sharded_weights, 2):
         assert message.startswith("layers.1.mlp.gate_proj is sharded over devices (tp_plan)")

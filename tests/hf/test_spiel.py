@@ -22,9 +22,9 @@ from megatron_sat.hf.spiel import (
     spiel_linears,
 )
 from megatron_sat.hf.spiel_callback import SpielCallback
-from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.finetuning import forget_accelerate, padded_records
 from megatron_sat.testing.huggingface import build_model, write_model
+from megatron_sat.testing.training import run_training
 
 CONFIG = SpielConfig(density=0.05, interval=5, accumulation=2, replaced=0.3)
 LEARNING_RATE, WEIGHT_DECAY, BETAS = 3e-3, 2.0, (0.9, 0.999)
@@ -284,8 +284,8 @@ def on_rank(folder: Path, output: Path, accumulation: int) -> Any:
 def test_two_ranks_are_one_with_the_same_micro_batches(tmp_path: Path) -> None:
     """Rank 0's micro-batch is the first of the two that one rank accumulates."""
     folder = write_model(tmp_path / "model", "llama2")
-    ((_, expected),) = run_on_ranks(on_rank, 1, folder, tmp_path, 2)
-    for wrapper, found in run_on_ranks(on_rank, 2, folder, tmp_path, 1):
+    ((_, expected),) = run_training(on_rank, 1, folder, tmp_path, 2)
+    for wrapper, found in run_training(on_rank, 2, folder, tmp_path, 1):
         assert wrapper == "DistributedDataParallel"
         for name, (positions, values) in expected.items():
             assert torch.equal(found[name][0], positions), name

@@ -9,8 +9,7 @@ import pytest
 from megatron_sat.checkpoint.families import family_of
 from megatron_sat.checkpoint.layout import Columns, GateUp, Replicated
 from megatron_sat.checkpoint.reshard import Shard
-from megatron_sat.testing import run_on_ranks
-from megatron_sat.testing.training import tiny_run, train
+from megatron_sat.testing.training import run_training, tiny_run, train
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.loop import Trainer
 
@@ -26,7 +25,7 @@ def test_parameters_say_how_they_are_cut(tiny_data: Path, stage: int) -> None:
     flags = "--tensor-model-parallel-size 2 --vocab-size 130 --qk-layernorm --eval-iters 0"
     argv = tiny_run(tiny_data, f"{flags} --zero-stage {stage}")
     config = parse_args(argv, world_size=2)
-    found, _ = run_on_ranks(marks, 2, argv)
+    found, _ = run_training(marks, 2, argv)
     layouts = dict(family_of(config.model).parameters(config.model))
     assert found.keys() == layouts.keys()
     for name, shard in found.items():

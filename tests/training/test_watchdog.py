@@ -11,9 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_sat.testing import run_on_ranks
 from megatron_sat.testing.processes import Processes, start_processes
-from megatron_sat.testing.training import tiny_run, train
+from megatron_sat.testing.training import run_training, tiny_run, train
 from megatron_sat.training.metrics import METRICS_FILE
 from megatron_sat.training.verdict import Beat, Limits
 from megatron_sat.training.watchdog import Watchdog, _RunningTime
@@ -208,9 +207,9 @@ def test_a_long_part_that_gets_on_is_no_stall(tmp_path):
 
 def test_what_a_start_reads_and_indexes_is_told_of(tmp_path, tiny_data):
     argv = tiny_run(tiny_data, "--train-iters 3 --lr-decay-iters 9 --auto-resume", save=tmp_path)
-    first = run_on_ranks(places_of_a_start, 2, argv)
+    first = run_training(places_of_a_start, 2, argv)
     argv += ["--train-iters", "4"]
-    for rank, told in enumerate(run_on_ranks(places_of_a_start, 2, argv)):
+    for rank, told in enumerate(run_training(places_of_a_start, 2, argv)):
         verified = told.index("verifying global_step3")
         assert told[verified + 1] == "gets on" and "waits" in told[verified:]
         indexing = told.index("indexing the data")
