@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Whole runs first: the longest files are theirs, and none should be left over at the end.
+    items.sort(key=lambda item: item.path.parent.name != "training")
     reasons = {}
     if not HAS_CUDA:
         reasons["gpu"] = "needs a CUDA device, and torch sees none here"
@@ -48,7 +50,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     gc.enable()
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
-    used = any(hasattr(module, "run_on_ranks") for module in modules)
+    names = ("run_on_ranks", "run_training", "train_on_ranks")
+    used = any(hasattr(module, name) for module in modules for name in names)
     if used and not session.config.option.collectonly:
         start_server()
     wanted = any("cpu_adam" in getattr(item, "fixturenames", ()) for item in session.items)
