@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -116,10 +118,22 @@ def run(main: Callable[[], object]) -> int:
         report_error(str(error))
         return ExitCode.MISTAKE
     finally:
+        _end_workers()
         if dist.is_initialized() and not alone and sys.exc_info()[0] is None:
             with contextlib.suppress(RuntimeError):  # of a rank that is gone: the code stands
                 dist.all_reduce(torch.zeros(1))  # rank 0 has printed before a launcher sees it
             dist.destroy_process_group()
+
+
+def _end_workers() -> None:
+    """Those of data loaders that a traceback still refers to. As it ends, Python would ask them by
+    SIGTERM, which they take as the trainer does, and wait for them."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for a killed worker
+    for worker in workers:
+        worker.kill()
 
 
 def report_error(message: str, *, kind: str = "error", by_all: bool = False) -> None:

@@ -205,14 +205,12 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
 
 def _check_leaves(deepspeed_config: Mapping[str, Any]) -> None:
     """With this threshold DeepSpeed (0.19.8) frees a module's weights without recording that the
-    compute stream may still read them; gathers on another stream could write over them."""
-    threshold = json_value(deepspeed_config, _LEAF_THRESHOLD)
-    overlaps = json_value(deepspeed_config, "zero_optimization.overlap_comm")
-    if threshold and overlaps:
+    compute stream may still read them, while gathers on another stream could write over them; on
+    one stream its backward pass fails."""
+    if threshold := json_value(deepspeed_config, _LEAF_THRESHOLD):
         raise ValueError(
             f'"{_LEAF_THRESHOLD}" in --deepspeed_config is {shorten(json.dumps(threshold))}; '
-            'valid: 0, or "overlap_comm" false beside it: DeepSpeed would free weights that are '
-            "still in use"
+            "valid: 0, or to leave it out: DeepSpeed would free weights that are still in use"
         )
 
 

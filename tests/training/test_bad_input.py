@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -303,6 +304,29 @@ def test_an_error_while_training_is_no_mistake_of_the_users(tiny_data):
         assert set(run_training(fault_in_a_step, world_size, tiny_run(tiny_data))) == {
             "shapes do not fit"
         }
+
+
+def workers_around_a_fault(argv: list[str]) -> tuple[int, int]:
+    """How many worker processes of the data loader there are in the first step, after which the
+    run fails, and while its traceback still refers to their loader."""
+    step, during = Trainer.train_step, []
+
+    def fail(self: Trainer, batches: object) -> None:
+        step(self, batches)
+        during.append(len(multiprocessing.active_children()))
+        raise ValueError("shapes do not fit")
+
+    with mock.patch.object(Trainer, "train_step", fail), pytest.raises(ValueError) as error:
+        run(lambda: pretrain(argv))
+    assert error.tb is not None
+    for worker in multiprocessing.active_children():
+        worker.join(timeout=5)
+    return during[0], len(multiprocessing.active_children())
+
+
+def test_a_fault_leaves_no_workers_that_python_would_wait_for(tiny_data):
+    argv = tiny_run(tiny_data, "--num-workers 2 --eval-iters 0")
+    assert run_training(workers_around_a_fault, 1, argv) == [(2, 0)]
 
 
 def fault_on_the_last_rank(argv: list[str]) -> tuple[str, str | int]:
