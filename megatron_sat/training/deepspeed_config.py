@@ -205,8 +205,8 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
 
 def _check_leaves(deepspeed_config: Mapping[str, Any]) -> None:
     """With this threshold DeepSpeed (0.19.8) frees a module's weights without recording that the
-    compute stream may still read them, while gathers on another stream could write over them; on
-    one stream its backward pass fails."""
+    compute stream may still read them, while gathers on another stream could write over them.
+    Without a GPU its backward pass fails."""
     if threshold := json_value(deepspeed_config, _LEAF_THRESHOLD):
         raise ValueError(
             f'"{_LEAF_THRESHOLD}" in --deepspeed_config is {shorten(json.dumps(threshold))}; '
