@@ -1,7 +1,13 @@
 """RMSNorm and LayerNorm that Megatron-core can use under sequence parallelism without Apex."""
 
+from typing import Literal, overload
+
 import torch
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_sat.ops.backend import use_triton
+from megatron_sat.ops.norm import add_rms_norm
 
 
 class _Norm:
@@ -19,7 +25,32 @@ class _Norm:
 
 
 class SATRMSNorm(_Norm, torch.nn.RMSNorm):
-    """``torch.nn.RMSNorm`` as a Megatron-core norm; reads ``sequence_parallel`` from the config."""
+    """``torch.nn.RMSNorm`` as a Megatron-core norm; reads ``sequence_parallel`` from the config.
+
+    It can take the residual connection along, which on GPU makes one kernel of them.
+    """
+
+    eps: float
+
+    @overload
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, with_sum: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, with_sum: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, with_sum: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``[..., h]`` -> the norm of ``x``, or of ``residual + x``; ``with_sum``: and what was
+        normalised, for the residual connection to go on from."""
+        if use_triton(x) and x.dtype == self.weight.dtype:
+            normed, total = add_rms_norm(x, residual, self.weight, eps=self.eps)
+        else:
+            total = x if residual is None else residual + x
+            normed = super().forward(total)
+        return (normed, total) if with_sum else normed
 
 
 class SATLayerNorm(_Norm, torch.nn.LayerNorm):

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_sat.layers.attention import SATCoreAttention, SATSelfAttention
 from megatron_sat.layers.communication import ScoreCommunicator
+from megatron_sat.layers.layer import SATTransformerLayer
 from megatron_sat.layers.linear import SATColumnParallelLinear, SATRowParallelLinear
 from megatron_sat.layers.mlp import SATMLP
 from megatron_sat.layers.norm import SATLayerNorm, SATRMSNorm
@@ -45,6 +46,7 @@ def get_gpt_layer_sat_spec(
     """
     norm = _norm(normalization)
     spec = get_gpt_layer_local_spec(normalization=normalization, qk_layernorm=qk_layernorm)
+    spec.module = SATTransformerLayer
     sparse = {"state": state, "communicator": ScoreCommunicator(timeout=timeout)}
 
     attention = spec.submodules.self_attention

@@ -19,11 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_sat.ops.launch import cdiv, launch, tile_shape
+from megatron_sat.ops.norm_kernel import add_rms_norm_backward, add_rms_norm_forward
 from megatron_sat.ops.score_kernel import block_dot, row_dot, row_norm
 from megatron_sat.ops.swiglu_kernel import swiglu_backward, swiglu_forward
 from megatron_sat.ops.topk_kernel import top_units
 
 __all__ = [
+    "add_rms_norm_backward",
+    "add_rms_norm_forward",
     "block_dot",
     "gather_columns",
     "gather_rows",

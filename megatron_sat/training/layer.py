@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_sat.layers.layer import SATTransformerLayer
 
-class LeafLayer(TransformerLayer):
-    """Megatron-core's layer, whose hooks see the tensor that goes through it.
+
+class LeafLayer(SATTransformerLayer):
+    """The layer, whose hooks see the tensor that goes through it.
 
     Megatron-core passes everything by name. Hooks see positional arguments alone, so that
     DeepSpeed could not tell when the backward pass has left a layer, nor fetch its parameters as

@@ -1,6 +1,7 @@
 """A sliced model computes what the dense one does with zeros for what is left out."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -195,6 +196,22 @@ def test_at_the_papers_fine_tuning_rate(model: str) -> None:
     """r = 0.96 keeps one head, or one of each KV group, and one multiple of channels."""
     settings = {"omission_rate": 0.96}
     results = run_on_ranks(compare, 1, model, "float64", False, settings)
+    check(results, 1e-12, ("attention", "mlp"))
+
+
+def compare_fused(model: str, sequence_parallel: bool) -> dict:
+    """As :func:`compare`, with norms that take the residual along: on a CPU they do not."""
+    with mock.patch("megatron_sat.layers.norm.use_triton", lambda x: True):
+        return compare(model, "float64", sequence_parallel, {})
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_norms_that_take_the_residual_along(model: str) -> None:
+    check(run_on_ranks(compare_fused, 1, model, False), 1e-12, ("attention", "mlp"))
+
+
+def test_norms_that_take_the_residual_along_under_sequence_parallelism() -> None:
+    results = run_on_ranks(compare_fused, 2, "multi-head", True, tensor_parallel=2)
     check(results, 1e-12, ("attention", "mlp"))
 
 

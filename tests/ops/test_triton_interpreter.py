@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from megatron_sat.ops import (
     column_sliced_linear,
+    norm_kernel,
     row_sliced_linear,
     score,
     score_kernel,
@@ -19,6 +20,7 @@ from megatron_sat.ops import (
 )
 from megatron_sat.ops import gather_scatter as forms
 from megatron_sat.ops.backend import force_backend
+from megatron_sat.ops.norm import add_rms_norm
 from megatron_sat.ops.swiglu import swiglu
 from megatron_sat.ops.topk import top_units
 
@@ -224,3 +226,25 @@ def test_swiglu_equals_the_pytorch_form(
     for actual, expected in zip(*results, strict=True):
         assert actual.dtype == dtype
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_norms_equal_the_pytorch_form(
+    dtype: torch.dtype, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_kernel, "_multiprocessors", lambda device: 2)  # of 4 programs
+    x, residual, dy, dtotal = (torch.randn(7, 2, 12).to(dtype) for _ in range(4))
+    weight = torch.randn(12).to(dtype)
+    results = []
+    for form in ("triton", "torch"):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
+        with force_backend(form):
+            outputs = add_rms_norm(leaves[0], leaves[1] if adds else None, leaves[2], eps=1e-5)
+            for given in (outputs, outputs[:1]):  # with and without a gradient of the sum
+                gradients = (dy, dtotal)[: len(given)]
+                torch.autograd.backward(given, gradients, retain_graph=True)
+        results.append((*outputs, *[t.grad for t in leaves if t.grad is not None]))
+    for actual, expected in zip(*results, strict=True):
+        tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-9}[dtype]
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

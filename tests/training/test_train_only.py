@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_sat.layers.layer import SATTransformerLayer
 from megatron_sat.testing import RankError
 from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.arguments import parse_args
@@ -133,14 +133,14 @@ def test_layers_behind_frozen_ones_train_the_same_at_stage_3(
 
 def layers_with_a_backward_pass(argv: list[str]) -> list[bool]:
     passes: list[bool] = []
-    forward = TransformerLayer.forward
+    forward = SATTransformerLayer.forward
 
     def watch(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         passes.append(output[0].requires_grad)
         return output
 
-    with mock.patch.object(TransformerLayer, "forward", watch):
+    with mock.patch.object(SATTransformerLayer, "forward", watch):
         train(argv)
     return passes
 

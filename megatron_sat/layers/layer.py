@@ -1,0 +1,67 @@
+"""The transformer layer, with its residual connections within its norms."""
+
+from typing import Any
+
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_sat.layers.norm import SATRMSNorm
+from megatron_sat.layers.residual import get_residual_add
+
+
+class SATTransformerLayer(TransformerLayer):
+    """Megatron-core's ``TransformerLayer``, whose norms add the residual on the way.
+
+    Where a layer has more to it than a Llama layer in training has (dropout, layer norms, a part
+    that is recomputed or offloaded, inference), it is the stock forward.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_plain = (
+            isinstance(self.input_layernorm, SATRMSNorm)
+            and isinstance(self.pre_mlp_layernorm, SATRMSNorm)
+            and isinstance(self.cross_attention, IdentityOp)
+            and self.self_attn_bda is self.mlp_bda is get_residual_add
+            and self.hidden_dropout == 0.0
+            and not self.config.fp32_residual_connection
+            and not self.is_moe_layer
+            and not self.recompute_input_layernorm
+            and not self.recompute_pre_mlp_layernorm
+            and not self.recompute_mlp
+            and not self.offload_attn_norm
+            and not self.offload_mlp_norm
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        inference_context: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[s, b, h]`` -> ``[s, b, h]`` and the context of cross-attention, as the stock one's."""
+        if not self._is_plain or args or inference_context is not None:
+            stock: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, attention_mask, *args, inference_context=inference_context, **kwargs
+            )
+            return stock
+        normed, residual = self.input_layernorm(hidden_states, with_sum=True)
+        branch = self.self_attention(
+            normed,
+            attention_mask,
+            rotary_pos_emb=kwargs.get("rotary_pos_emb"),
+            rotary_pos_cos=kwargs.get("rotary_pos_cos"),
+            rotary_pos_sin=kwargs.get("rotary_pos_sin"),
+            attention_bias=kwargs.get("attention_bias"),
+            packed_seq_params=kwargs.get("packed_seq_params"),
+        )
+        normed, residual = self.pre_mlp_layernorm(_with_bias(branch), residual, with_sum=True)
+        return residual + _with_bias(self.mlp(normed)), kwargs.get("context")
+
+
+def _with_bias(branch: tuple[Tensor, Tensor | None]) -> Tensor:
+    output, bias = branch
+    return output if bias is None else output + bias

@@ -1,0 +1,97 @@
+"""RMSNorm and the residual connection around it, as one operation.
+
+A layer normalises the sum of a branch and the residual, and hands that sum on. Apart, the sum is
+written, read by the norm, and in the backward pass the norm's gradient is written to be added to
+that of the residual. Libraries fuse the sum before the norm; here the gradient's sum is within the
+norm also where nothing is added before, as at a layer's start.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_sat.ops.backend import kernels, use_triton
+
+# Columns that one Triton program can hold.
+_WIDEST = 2**14
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`x [..., h]`, `residual [..., h]` or None, `weight [h]` -> `rms_norm(x + residual)` and
+    `x + residual`, both `[..., h]`.
+
+    Computed in float32 and rounded once, as are the gradients; float64 stays float64. The sum that
+    is normalised is the rounded one. Whoever goes on from the sum that comes back, and not from
+    `x`, has its gradient added within the norm's backward pass. ValueError where the types of
+    `x`, `residual` and `weight` differ.
+    """
+    types = {t.dtype for t in (x, residual, weight) if t is not None}
+    if len(types) > 1:
+        raise ValueError(
+            f"x, residual and weight are of different types: {sorted(map(str, types))}"
+        )
+    y, total = _AddRMSNorm.apply(x, residual, weight, eps)
+    return y, total
+
+
+def add_rms_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the norm and the sum, `[..., h]`, and `1 / rms [...]` in float32 or float64."""
+    if _takes_triton(x):
+        return kernels().add_rms_norm_forward(x, residual, weight, eps)
+    total = x if residual is None else x + residual
+    wide = _widen(total)
+    inverse = (wide.square().mean(dim=-1) + eps).rsqrt()
+    return (wide * inverse[..., None] * _widen(weight)).to(x.dtype), total, inverse
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, inverse: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the norm and of the sum (None: there is none) -> those of `x`, which is that of
+    the residual too, and of the weight."""
+    if _takes_triton(total):
+        return kernels().add_rms_norm_backward(dy, dtotal, total, inverse, weight)
+    unit, gradient = _widen(total) * inverse[..., None], _widen(dy)
+    dweight = (gradient * unit).flatten(0, -2).sum(dim=0)
+    gradient = gradient * _widen(weight)
+    dx = (gradient - unit * (gradient * unit).mean(dim=-1, keepdim=True)) * inverse[..., None]
+    if dtotal is not None:
+        dx = dx + dtotal
+    return dx.to(total.dtype), dweight.to(weight.dtype)
+
+
+def _takes_triton(x: Tensor) -> bool:
+    return use_triton(x) and x.numel() > 0 and x.shape[-1] <= _WIDEST
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        y, total, inverse = add_rms_norm_forward(x, residual, weight, eps)
+        ctx.save_for_backward(total, inverse, weight)
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, dtotal: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        total, inverse, weight = ctx.saved_tensors
+        if dy is None:
+            return dtotal, dtotal if ctx.needs_input_grad[1] else None, None, None
+        dx, dweight = add_rms_norm_backward(dy, dtotal, total, inverse, weight)
+        needs = ctx.needs_input_grad
+        return dx, dx if needs[1] else None, dweight if needs[2] else None, None

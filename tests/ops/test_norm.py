@@ -1,0 +1,83 @@
+"""RMSNorm with its residual connection, and its gradients, against PyTorch's in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sat.ops.norm import add_rms_norm
+
+# Relative error, in norm, of a result rounded once. The sum, rounded too, is what is normalised.
+ROUNDING = {torch.bfloat16: 6e-3, torch.float32: 1e-6, torch.float64: 1e-12}
+EPS = 1e-3
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def check(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    adds: bool,
+    goes_on: bool = True,
+    device: str = "cpu",
+) -> None:
+    """``goes_on``: from the sum, so that a gradient comes back by it."""
+    x, residual, dy, dtotal = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
+    weight = (torch.rand(shape[-1], device=device) + 0.5).to(dtype)
+
+    def reference(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else residual + x
+        return torch.nn.functional.rms_norm(total, shape[-1:], weight, EPS), total
+
+    def actual(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, eps=EPS)
+
+    results = []
+    for function, wide in ((actual, dtype), (reference, torch.float64)):
+        leaves = [t.to(wide, copy=True).requires_grad_() for t in (x, residual, weight)]
+        y, total = function(leaves[0], leaves[1] if adds else None, leaves[2])
+        outputs, gradients = [y], [dy.to(wide)]
+        if goes_on:
+            outputs, gradients = [y, total], [*gradients, dtotal.to(wide)]
+        inputs = leaves if adds else [leaves[0], leaves[2]]
+        results.append((y, total, *torch.autograd.grad(outputs, inputs, gradients)))
+    for value, exact in zip(*results, strict=True):
+        assert value.dtype == dtype and value.shape == exact.shape
+        assert relative_error(value, exact) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_norm_and_sum(dtype: torch.dtype, adds: bool, goes_on: bool) -> None:
+    check((6, 3, 40), dtype, adds=adds, goes_on=goes_on)
+
+
+def test_the_gradient_of_the_sum_alone() -> None:
+    x, residual = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
+    _, total = add_rms_norm(x, residual, torch.ones(8), eps=EPS)
+    gradient = torch.randn_like(total)
+    for dx in torch.autograd.grad(total, [x, residual], gradient):
+        assert torch.equal(dx, gradient)
+
+
+def test_a_frozen_weight_has_no_gradient() -> None:
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8)
+    add_rms_norm(x, None, weight, eps=EPS)[0].sum().backward()
+    assert x.grad is not None and weight.grad is None
+
+
+def test_types_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"different types: .*bfloat16.*float32"):
+        add_rms_norm(torch.zeros(2, 8), None, torch.ones(8, dtype=torch.bfloat16), eps=EPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("columns", [128, 4096, 5120, 20000])
+def test_norm_on_a_gpu(columns: int, dtype: torch.dtype, adds: bool) -> None:
+    check((700, 2, columns), dtype, adds=adds, device="cuda")
