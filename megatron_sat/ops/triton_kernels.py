@@ -18,6 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_sat.ops.cross_entropy_kernel import (
+    cross_entropy_gradient,
+    cross_entropy_statistics,
+)
 from megatron_sat.ops.launch import cdiv, launch, tile_shape
 from megatron_sat.ops.score_kernel import block_dot, row_dot, row_norm
 from megatron_sat.ops.swiglu_kernel import swiglu_backward, swiglu_forward
@@ -25,6 +29,8 @@ from megatron_sat.ops.topk_kernel import top_units
 
 __all__ = [
     "block_dot",
+    "cross_entropy_gradient",
+    "cross_entropy_statistics",
     "gather_columns",
     "gather_rows",
     "row_dot",
