@@ -1,6 +1,6 @@
-"""Pure functions on tensors: sliced linears, gathers and scatters, row scores, attention.
+"""Functions on tensors: sliced linears, gathers and scatters, row scores, attention, the loss.
 
-Nothing here knows of Megatron, DeepSpeed or process groups.
+Nothing here knows of Megatron or DeepSpeed, and only the loss of a process group.
 """
 
 from megatron_sat.ops.attention import causal_attention

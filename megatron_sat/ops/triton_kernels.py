@@ -18,6 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_sat.ops.cross_entropy_kernel import (
+    cross_entropy_gradient,
+    cross_entropy_statistics,
+)
 from megatron_sat.ops.launch import cdiv, launch, tile_shape
 from megatron_sat.ops.norm_kernel import add_rms_norm_backward, add_rms_norm_forward
 from megatron_sat.ops.score_kernel import block_dot, row_dot, row_norm
@@ -28,6 +32,8 @@ __all__ = [
     "add_rms_norm_backward",
     "add_rms_norm_forward",
     "block_dot",
+    "cross_entropy_gradient",
+    "cross_entropy_statistics",
     "gather_columns",
     "gather_rows",
     "row_dot",

@@ -17,6 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_sat.layers import get_gpt_block_sat_spec
+from megatron_sat.ops.backend import use_triton
+from megatron_sat.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ModelParallelUnit, ranks_agree
@@ -26,8 +28,8 @@ from megatron_sat.training.sub_groups import share_adam
 
 
 class SATGPTModel(GPTModel):
-    """Megatron-core's `GPTModel` with rotary positions that may restart within a sequence, and
-    without padding in its vocabulary's softmax.
+    """Megatron-core's `GPTModel` with rotary positions that may restart within a sequence, without
+    padding in its vocabulary's softmax, and with a loss that makes no copy of the logits.
 
     Arguments are `GPTModel`'s. `unpadded_vocab_size` of the `vocab_size` tokens exist: the logits
     of the others are the lowest number, so that their probability is 0. With `reset_position_ids`
@@ -69,6 +71,17 @@ class SATGPTModel(GPTModel):
             # [s, 1, 1, d] at positions [b, s] -> [s, b, 1, d]
             rotary = rotary[:, 0][position_ids.transpose(0, 1)]
         return (hidden, rotary, *others)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """`labels [b, s]`, `logits [s, b, v/p]` -> the loss of each token, `[b, s]`.
+
+        The backward pass may write over `logits`: the output layer does not need what it gave.
+        """
+        if not use_triton(logits):
+            # Not Megatron-core's fused form: it is compiled by Triton, which does not run here.
+            return super().compute_language_model_loss(labels, logits)
+        loss = vocab_parallel_cross_entropy(logits, labels.transpose(0, 1), group=self.tp_group)
+        return loss.transpose(0, 1).contiguous()
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel: int) -> int:
@@ -120,7 +133,6 @@ def transformer_config(config: TrainingConfig) -> TransformerConfig:
         # The fused forms are compiled for GPUs.
         bias_activation_fusion=on_gpu and model.swiglu,
         bias_dropout_fusion=on_gpu,
-        cross_entropy_loss_fusion=on_gpu and not config.deterministic_mode,
         gradient_accumulation_fusion=False,
     )
 

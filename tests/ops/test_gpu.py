@@ -15,6 +15,7 @@ from megatron_sat.ops import (
     score,
 )
 from megatron_sat.ops.backend import force_backend, use_triton
+from megatron_sat.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_sat.ops.gather_scatter import (
     gather_columns,
     gather_rows,
@@ -235,3 +236,24 @@ def test_launches_are_told_apart_by_sizes_and_alignment() -> None:
             expected = weight[index]
             for _ in range(2):
                 assert torch.equal(gather_rows(weight, index), expected)
+
+
+def test_the_cross_entropy_of_more_than_2_to_the_31_logits() -> None:
+    tokens, vocab = 2**15 + 3, 2**16
+    logits = torch.zeros(tokens, 1, vocab, dtype=torch.bfloat16, device="cuda")
+    logits[-1] = normal(1, vocab)
+    target = torch.full((tokens, 1), vocab - 1, device="cuda")
+    exact = logits[-1].double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact, target[-1])
+    wanted.backward()
+    leaf = logits.requires_grad_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with no_waiting():
+        losses = vocab_parallel_cross_entropy(leaf, target, group=None)
+        (gradient,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+    # Nothing of the logits' size, 4 GiB, is allocated.
+    assert torch.cuda.max_memory_allocated() - before < 2**26
+    torch.testing.assert_close(losses[-1, 0].double(), wanted.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient[-1].double(), exact.grad, rtol=2**-8, atol=1e-9)
+    assert (losses[:-1] == losses[0]).all() and (gradient[:-1] == gradient[0]).all()

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from megatron_sat.ops import (
     column_sliced_linear,
+    cross_entropy_kernel,
     norm_kernel,
     row_sliced_linear,
     score,
@@ -20,6 +21,11 @@ from megatron_sat.ops import (
 )
 from megatron_sat.ops import gather_scatter as forms
 from megatron_sat.ops.backend import force_backend
+from megatron_sat.ops.cross_entropy import (
+    gradient_over_logits,
+    shard_statistics,
+    vocab_parallel_cross_entropy,
+)
 from megatron_sat.ops.norm import add_rms_norm
 from megatron_sat.ops.swiglu import swiglu
 from megatron_sat.ops.topk import top_units
@@ -248,3 +254,58 @@ def test_norms_equal_the_pytorch_form(
     for actual, expected in zip(*results, strict=True):
         tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-9}[dtype]
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "vocab"), [(7, 16), (5, 27), (1, 3), (3, 1), (0, 4)])
+def test_cross_entropy_equals_the_pytorch_form(
+    tokens: int, vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a shard in the middle of a vocabulary."""
+    monkeypatch.setattr(cross_entropy_kernel, "_BLOCK", 8)
+    logits = (torch.randn(tokens, vocab) * 4).to(dtype)
+    logits[:, vocab - vocab // 5 :] = torch.finfo(dtype).min
+    logits[1::4] = torch.finfo(dtype).min  # a shard of padding
+    logits[2::4, :9] = -torch.inf  # a whole block, and more
+    target = torch.randint(2 * vocab + 4, (tokens,))
+    wide = torch.promote_types(dtype, torch.float32)
+    logsumexp = logits.to(wide).logsumexp(dim=-1).clamp(min=0)
+    dloss = torch.randn(tokens, dtype=wide)
+    results = []
+    for form in ("triton", "torch"):
+        with force_backend(form):  # type: ignore[arg-type]
+            over = logits.clone()
+            statistics = shard_statistics(over, target, first=5)
+            assert torch.equal(over, logits)
+            gradient_over_logits(over, target, logsumexp, dloss, first=5)
+        results.append((statistics, over))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy, of inf - inf
+def test_cross_entropy_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy_kernel, "_BLOCK", 8)
+    logits, target = torch.randn(5, 2, 27), torch.randint(27, (5, 2))
+    logits[3, 1, 20] = torch.nan
+    logits[4, 0, 3] = torch.inf
+    leaf, exact = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    other = leaf.square().sum()
+    with force_backend("triton"):
+        losses = vocab_parallel_cross_entropy(leaf, target, group=None)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf, retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second backward pass"):
+            losses.sum().backward()
+    assert gradient.data_ptr() == leaf.data_ptr()
+    finite = torch.tensor([True] * 7 + [False, False, True]).view(5, 2)
+    assert torch.equal(losses.isfinite(), finite)
+    assert torch.equal(gradient.isfinite().all(dim=-1), finite)
+    wanted = torch.nn.functional.cross_entropy(
+        exact.flatten(0, 1), target.flatten(), reduction="none"
+    ).view(5, 2)
+    torch.testing.assert_close(losses[finite], wanted[finite])
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), exact)
+    torch.testing.assert_close(gradient[finite], wanted_gradient[finite])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()

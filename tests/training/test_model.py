@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -8,6 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_sat.state import SATState
 from megatron_sat.testing import run_on_ranks
+from megatron_sat.training import model as model_module
 from megatron_sat.training.arguments import parse_args
 from megatron_sat.training.batches import document_boundaries
 from megatron_sat.training.config import TrainingConfig
@@ -178,6 +180,75 @@ def test_non_finite_gradients_skip_the_step(flags):
     assert math.isinf(after["norms"][1])
     for name, value in after["parameters"].items():
         assert torch.equal(value, before["parameters"][name])
+
+
+def with_loss(own: bool):
+    """The model has our loss, in whatever form, or Megatron-core's."""
+    return mock.patch.object(model_module, "use_triton", lambda logits: own)
+
+
+def losses_and_gradients(flags: list[str], own: bool) -> dict[str, torch.Tensor]:
+    """Of one batch, half of its tokens masked, and a vocabulary with padding."""
+    world_size = torch.distributed.get_world_size()
+    config = training_config(
+        "--zero-stage", "0", "--vocab-size", "50", *flags, world_size=world_size
+    )
+    model, _ = build(config, world_size)
+    device = next(model.parameters()).device
+    tokens = torch.randint(50, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(7))
+    tokens, positions = tokens.to(device), torch.arange(SEQUENCE, device=device).expand(2, -1)
+    op = mock.patch.object(
+        model_module,
+        "vocab_parallel_cross_entropy",
+        wraps=model_module.vocab_parallel_cross_entropy,
+    )
+    with with_loss(own), op as calls:
+        losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+        losses[:, ::2].sum().backward()
+        model.eval()
+        with torch.no_grad():
+            evaluated = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    assert calls.call_count == 2 * own
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"losses": losses.detach(), "evaluated": evaluated, **gradients}
+
+
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("output", [[], ["--untie-embeddings-and-output-weights"]])
+def test_the_loss_is_megatrons_and_so_are_its_gradients(ranks, precision, output):
+    flags = [*precision, *output, "--tensor-model-parallel-size", str(ranks)]
+    ours, theirs = (
+        run_on_ranks(losses_and_gradients, ranks, flags, own, tensor_parallel=ranks)
+        for own in (True, False)
+    )
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert actual["losses"].shape == (2, SEQUENCE)
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert actual[name].dtype == value.dtype
+            # One rounding of a logit's gradient in bf16, next to the largest of its sums.
+            error = float((actual[name] - value).abs().max() / value.abs().max())
+            in_bf16 = value.dtype == torch.bfloat16
+            assert error < (2**-7 if in_bf16 else 1e-5), name
+
+
+def train_with_loss(own: bool, flags: list[str], steps: int) -> dict[str, object]:
+    with with_loss(own):
+        return train(flags, steps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_the_loss_trains_as_megatrons_does(stage, layout):
+    flags = [*LAYOUTS[layout], "--zero-stage", stage]
+    ranks = 2 if "--sequence-parallel" in flags else 1
+    ours, theirs = (
+        run_on_ranks(train_with_loss, 2, own, flags, 3, tensor_parallel=ranks)[0]
+        for own in (True, False)
+    )
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
+    assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-5)
 
 
 def logits(flags: list[str], tokens: torch.Tensor, eod: int, masked: bool) -> torch.Tensor:
