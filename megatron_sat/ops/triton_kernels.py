@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_sat.ops.launch import cdiv, launch, tile_shape
+from megatron_sat.ops.rotary_kernel import rotate_into
 from megatron_sat.ops.score_kernel import block_dot, row_dot, row_norm
 from megatron_sat.ops.swiglu_kernel import swiglu_backward, swiglu_forward
 from megatron_sat.ops.topk_kernel import top_units
@@ -27,6 +28,7 @@ __all__ = [
     "block_dot",
     "gather_columns",
     "gather_rows",
+    "rotate_into",
     "row_dot",
     "row_norm",
     "scatter_columns",
