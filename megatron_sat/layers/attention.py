@@ -8,6 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
@@ -22,8 +23,8 @@ from megatron_sat.state import SATState
 class SATSelfAttention(SelfAttention):
     """Megatron-core's ``SelfAttention`` over the query heads of its site (equation 9).
 
-    Only the QKV projection differs: it returns the kept heads, and rotates them where there is a
-    fused kernel for that. All else is the stock forward.
+    Only the QKV projection differs: it returns the kept heads, and rotates them where our kernel
+    serves. All else is the stock forward.
     """
 
     def __init__(
@@ -42,6 +43,12 @@ class SATSelfAttention(SelfAttention):
         self._rotary = rotary
         self._angles: Tensor | None = None
         ranks = self.tp_group.size()
+        # Positions come after norms of query and key; and with fewer groups than ranks a rank's
+        # heads are gathered from several projections.
+        self._takes_projection = config.num_query_groups >= ranks and all(
+            norm is None or isinstance(norm, IdentityOp)
+            for norm in (self.q_layernorm, self.k_layernorm)
+        )
         if state.is_sparse_module("attention") and config.num_query_groups < ranks:
             raise ValueError(
                 f"num_query_groups={config.num_query_groups} is less than the tensor-parallel size "
@@ -75,7 +82,7 @@ class SATSelfAttention(SelfAttention):
         rotary_pos_emb: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock module's; rotary positions take the fused kernel where there is one."""
+        """As the stock module's; rotary positions take our kernel where it serves."""
         self._angles = None
         if kwargs.get("inference_context") is None and self._rotary.serves(
             hidden_states,
@@ -98,6 +105,11 @@ class SATSelfAttention(SelfAttention):
         """``[s, b, h]`` -> query ``[s, b, kept heads, d]``, key and value ``[s, b, groups, d]``,
         where groups are the kept ones if each has one query head, else all of them."""
         assert split_qkv and not output_gate, "refused when the layer was built"
+        if self._angles is not None and self._takes_projection:
+            # Rotated where it lies: neither Megatron-core's linear nor ours keeps its output for
+            # backward, and ZeRO-3's hooks pass it on.
+            mixed, _ = self.linear_qkv(hidden_states)
+            return self._rotary.split(mixed, self._angles, groups=self._groups(mixed))
         if self.site is None or not self.training or not self.site.is_sparse:
             query, key, value = super().get_query_key_value_tensors(hidden_states, key_value_states)
         else:
@@ -107,15 +119,9 @@ class SATSelfAttention(SelfAttention):
         return query, key, value
 
     def _kept_query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.site is not None
         mixed, _ = self.linear_qkv(hidden_states)
-        size = self.hidden_size_per_attention_head
-        kept_units = mixed.shape[-1] // size
-        if self.site.is_grouped_query:
-            groups = self.num_query_groups_per_partition
-        else:
-            groups = kept_units // 3
-        heads_per_group = kept_units // groups - 2 if groups else 1
+        size, groups = self.hidden_size_per_attention_head, self._groups(mixed)
+        heads_per_group = mixed.shape[-1] // size // groups - 2 if groups else 1
         mixed = mixed.view(*mixed.shape[:-1], groups, (heads_per_group + 2) * size)
         query, key, value = mixed.split([heads_per_group * size, size, size], dim=-1)
         query = query.reshape(*query.shape[:2], groups * heads_per_group, size)
@@ -124,6 +130,13 @@ class SATSelfAttention(SelfAttention):
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
         return query, key, value
+
+    def _groups(self, mixed: Tensor) -> int:
+        """KV groups in the projection's output: all of this rank's, or if each has one query head,
+        which is left out with its key and value, those kept."""
+        if self.config.num_query_groups < self.config.num_attention_heads:
+            return self.num_query_groups_per_partition
+        return mixed.shape[-1] // (3 * self.hidden_size_per_attention_head)
 
 
 def _check_supported(config: TransformerConfig) -> None:

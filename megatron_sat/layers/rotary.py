@@ -1,20 +1,16 @@
-"""Rotary positions of queries and keys in one kernel: Liger-Kernel's, where it is installed.
+"""Rotary positions of queries and keys in one kernel.
 
 Megatron-core's own fused form needs Transformer Engine or Apex; its unfused one launches ten
 kernels for each of query and key, and as many in backward.
 """
 
-import functools
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sat.ops.backend import use_triton
-
-logger = logging.getLogger(__name__)
+from megatron_sat.ops.rotary import rotate, split_rotated
 
 
 class FusedRotary:
@@ -38,41 +34,23 @@ class FusedRotary:
             and activations.dtype == torch.bfloat16
             and not interleaved
             and use_triton(activations)
-            and _liger_rope() is not None
         )
+
+    def split(self, mixed: Tensor, angles: Tensor, *, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The QKV projection's output ``[s, b, groups * (n / groups + 2) * d]``, ``angles
+        [s, 1 or b, 1, d]`` -> query ``[s, b, n, d]`` and key ``[s, b, groups, d]`` rotated, and
+        value. May write into the memory of ``mixed``: nothing else may read it."""
+        return split_rotated(mixed, *self._look_up(angles), groups=groups)
 
     def __call__(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """``query [s, b, n, d]``, ``key [s, b, g, d]``, ``angles [s, 1 or b, 1, d]`` ->
-        both rotated. May write into memory of ``query`` and ``key`` that nothing else reads."""
-        rotate = _liger_rope()
-        assert rotate is not None
-        if query.numel() == 0:
-            return query, key
-        cosine, sine = self._look_up(angles, batch=query.shape[1])
-        # The kernel knows [b, n, s, d] and a table for each sequence of the batch. Here its batch
-        # is the sequence, and its sequence the batch: no activation is transposed in memory.
-        rotated_query, rotated_key = rotate(
-            query.transpose(1, 2), key.transpose(1, 2), cosine, sine
-        )[:2]
-        return rotated_query.transpose(1, 2), rotated_key.transpose(1, 2)
+        both rotated."""
+        return rotate(query, key, *self._look_up(angles))
 
-    def _look_up(self, angles: Tensor, *, batch: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[s, b, d]`` float32, made once for all layers."""
-        if self._tables is None or self._angles is not angles or self._tables[0].shape[1] != batch:
-            whole = angles[:, :, 0].float().expand(-1, batch, -1)
-            self._angles, self._tables = angles, (whole.cos(), whole.sin())
+    def _look_up(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[s, 1 or b, d / 2]`` float32, made once for all layers."""
+        if self._tables is None or self._angles is not angles:
+            # The second half repeats the first.
+            half = angles[:, :, 0, : angles.shape[-1] // 2].float()
+            self._angles, self._tables = angles, (half.cos(), half.sin())
         return self._tables
-
-
-@functools.cache
-def _liger_rope() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    try:
-        from liger_kernel.ops.rope import LigerRopeFunction
-    except ImportError:
-        logger.warning(
-            "liger-kernel is not installed: rotary positions take Megatron-core's unfused form, "
-            "which is slower; pip install liger-kernel"
-        )
-        return None
-    apply: Callable[..., tuple[Tensor, Tensor]] = LigerRopeFunction.apply
-    return apply

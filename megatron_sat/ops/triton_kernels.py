@@ -24,6 +24,7 @@ from megatron_sat.ops.cross_entropy_kernel import (
 )
 from megatron_sat.ops.launch import cdiv, launch, tile_shape
 from megatron_sat.ops.norm_kernel import add_rms_norm_backward, add_rms_norm_forward
+from megatron_sat.ops.rotary_kernel import rotate_into
 from megatron_sat.ops.score_kernel import block_dot, row_dot, row_norm
 from megatron_sat.ops.swiglu_kernel import swiglu_backward, swiglu_forward
 from megatron_sat.ops.topk_kernel import top_units
@@ -36,6 +37,7 @@ __all__ = [
     "cross_entropy_statistics",
     "gather_columns",
     "gather_rows",
+    "rotate_into",
     "row_dot",
     "row_norm",
     "scatter_columns",

@@ -50,7 +50,7 @@ _MICRO_BATCHES = 8
 # Steps run in a row, as layers follow each other; turns that are not timed, and that are.
 _IN_A_ROW, _WARM_UP, _TURNS = 4, 1, 5
 # Packages whose kernels run in a layer.
-_PACKAGES = ("megatron-sat", "torch", "triton", "megatron-core", "flash-attn", "liger-kernel")
+_PACKAGES = ("megatron-sat", "torch", "triton", "megatron-core", "flash-attn")
 
 
 @dataclass(frozen=True, kw_only=True)

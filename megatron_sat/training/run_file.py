@@ -28,7 +28,6 @@ _PACKAGES = (
     "numpy",
     "triton",
     "flash-attn",
-    "liger-kernel",
 )
 
 

@@ -13,6 +13,7 @@ from megatron_sat.ops import (
     column_sliced_linear,
     cross_entropy_kernel,
     norm_kernel,
+    rotary_kernel,
     row_sliced_linear,
     score,
     score_kernel,
@@ -27,6 +28,7 @@ from megatron_sat.ops.cross_entropy import (
     vocab_parallel_cross_entropy,
 )
 from megatron_sat.ops.norm import add_rms_norm
+from megatron_sat.ops.rotary import rotate, split_rotated
 from megatron_sat.ops.swiglu import swiglu
 from megatron_sat.ops.topk import top_units
 
@@ -309,3 +311,59 @@ def test_cross_entropy_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(gradient[finite], wanted_gradient[finite])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         other.backward()
+
+
+@pytest.mark.parametrize(
+    ("heads", "restarting", "dtype"),  # query heads, groups, head size
+    [
+        ((3, 3, 10), True, torch.float32),
+        ((3, 3, 10), False, torch.bfloat16),
+        ((6, 2, 8), True, torch.bfloat16),
+        ((6, 2, 8), False, torch.float64),
+        ((0, 2, 4), True, torch.float32),
+    ],
+)
+def test_rotary_positions_equal_the_pytorch_form(
+    heads: tuple[int, int, int],
+    restarting: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rotary_kernel, "_TILE", 16)  # two or four heads
+    (n, g, d), s, b = heads, 2, 2
+    angles = torch.randn(s, b if restarting else 1, d // 2) * 9
+    tables = angles.cos(), angles.sin()
+    mixed = torch.randn(s, b, (n + 2 * g) * d).to(dtype)
+    query, key = torch.randn(b, s, n, d).to(dtype), torch.randn(b, s, g, d).to(dtype)
+    # As they lie after one attention kernel, after another, and after none.
+    gradients = [
+        torch.randn(b, n, s, d).to(dtype).permute(2, 0, 1, 3),
+        torch.randn(b, s, g, d).to(dtype).transpose(0, 1),
+        torch.randn(d, g).to(dtype).t().expand(s, b, g, d),
+    ]
+    results = []
+    for form in ("triton", "torch"):
+        with force_backend(form):  # type: ignore[arg-type]
+            leaf = mixed.clone().requires_grad_()
+            parts = split_rotated(leaf * 1, *tables, groups=g)
+            found = [*(x.detach().clone() for x in parts)]
+            found += torch.autograd.grad(parts, leaf, gradients)
+            apart = [x.transpose(0, 1).clone().requires_grad_() for x in (query, key)]
+            turned = rotate(*apart, *tables)
+            found += [*(x.detach() for x in turned)]
+            found += torch.autograd.grad(turned, apart, gradients[:2])
+        results.append(found)
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected)
+    assert_same(results[0][2], results[1][2])  # the value
+
+
+@pytest.mark.parametrize("form", ["triton", "torch"])
+def test_rotating_in_place_is_seen_by_autograd(form: str) -> None:
+    tables = torch.zeros(2, 1, 2), torch.ones(2, 1, 2)
+    keeps_its_output = torch.zeros(2, 1, 12, requires_grad=True).exp()
+    with force_backend(form):  # type: ignore[arg-type]
+        query, key, value = split_rotated(keeps_its_output, *tables, groups=1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (query + key + value).sum().backward()
