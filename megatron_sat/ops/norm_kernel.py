@@ -19,7 +19,16 @@ _PROGRAMS = 2
 
 @triton.jit
 def _forward_kernel(
-    y, total, inverse, x, residual, weight, columns, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr
+    y,
+    total,
+    inverse,
+    x,
+    residual,
+    weight,
+    columns,
+    EPS: tl.constexpr,  # as an argument it would be a float32, and float64 results that exact
+    ADDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program takes one token."""
     token = tl.program_id(0).to(tl.int64)
@@ -33,7 +42,7 @@ def _forward_kernel(
         raw = added.to(raw.dtype)  # what is normalised is the sum that others read
         tl.store(total + row, raw, mask=live)
     value = raw.to(wide)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value) / columns + eps)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / columns + EPS)
     tl.store(inverse + token, scale)
     gain = tl.load(weight + column, mask=live, other=0.0).to(wide)
     tl.store(y + row, value * scale * gain, mask=live)
@@ -103,8 +112,8 @@ def add_rms_norm_forward(
         _forward_kernel,
         (inverse.numel(),),
         (y, total, inverse, x, residual, weight.contiguous()),
-        (columns, eps),
-        {"ADDS": adds, "BLOCK": block},
+        (columns,),
+        {"EPS": eps, "ADDS": adds, "BLOCK": block},
         num_warps=warps,
     )
     return y, total, inverse
