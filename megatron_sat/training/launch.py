@@ -15,6 +15,10 @@ import torch
 
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MASTER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+# srun's names for them.
+_TASK_VARIABLES = dict(
+    zip(_LAUNCH_VARIABLES, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), strict=True)
+)
 # Those of the step, not of the job: in the shell that salloc opens, and in a batch script outside
 # of srun, SLURM_NTASKS counts the tasks that might be started.
 _STEP_VARIABLES = (
@@ -48,6 +52,8 @@ class Launch:
                 range, or the name of a job's first node has no address here.
         """
         given = [name for name in _LAUNCH_VARIABLES if name in os.environ]
+        if len(given) < len(_LAUNCH_VARIABLES) and _srun_says(given):
+            given = []
         if given and len(given) < len(_LAUNCH_VARIABLES):
             missing = [name for name in _LAUNCH_VARIABLES if name not in given]
             raise ValueError(
@@ -118,6 +124,14 @@ def _expand_ranges(ranges: str) -> Iterator[str]:
             yield f"{number:0{len(match[1])}}"
 
 
+def _srun_says(names: list[str]) -> bool:
+    """Whether srun has set as much as these: in images of PyTorch its containers bring RANK and
+    LOCAL_RANK along, on some clusters without WORLD_SIZE."""
+    return "SLURM_STEP_ID" in os.environ and all(
+        os.environ[name] == os.environ.get(_TASK_VARIABLES[name]) for name in names
+    )
+
+
 def _complete_from_slurm() -> None:
     """Set torch.distributed's names from those of a task of srun."""
     missing = [name for name in _STEP_VARIABLES if name not in os.environ]
@@ -137,11 +151,8 @@ def _complete_from_slurm() -> None:
         block = _number("SLURM_JOB_ID") * _PORTS_OF_A_JOB % _PORTS
         step = _number("SLURM_STEP_ID") % _PORTS_OF_A_JOB
         os.environ["MASTER_PORT"] = str(_FIRST_PORT + block + step)
-    os.environ.update(
-        RANK=os.environ["SLURM_PROCID"],
-        WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
-        LOCAL_RANK=str(local_rank),
-    )
+    os.environ.update({name: os.environ[task] for name, task in _TASK_VARIABLES.items()})
+    os.environ["LOCAL_RANK"] = str(local_rank)
 
 
 def _first_node(hostlist: str) -> str:

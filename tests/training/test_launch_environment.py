@@ -103,6 +103,17 @@ def test_a_gpu_of_its_own_is_the_first(environment, monkeypatch):
     assert Launch.from_environment().local_rank == 3
 
 
+@pytest.mark.parametrize("names", [("RANK", "LOCAL_RANK"), ("RANK",), ("WORLD_SIZE",)])
+def test_a_container_may_say_a_part_of_what_srun_says(environment, names):
+    said = {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
+    environment(TASK, {name: said[name] for name in names})
+    assert Launch.from_environment() == Launch(rank=7, world_size=8, local_rank=3)
+    assert os.environ["MASTER_ADDR"] == "localhost"
+    environment(TASK, {name: "1" for name in names})
+    with pytest.raises(ValueError, match=f"has {' and '.join(names)} and lacks"):
+        Launch.from_environment()
+
+
 @pytest.mark.parametrize(
     "variables",
     [
@@ -125,7 +136,7 @@ def test_plain_python_in_a_job_is_one_process(environment, variables):
     ("variables", "message"),
     [
         ({"RANK": "0"}, "has RANK and lacks WORLD_SIZE and LOCAL_RANK; .* deepspeed, torchrun or"),
-        (TASK | {"WORLD_SIZE": "8"}, "has WORLD_SIZE and lacks RANK and LOCAL_RANK"),
+        (TASK | {"WORLD_SIZE": "4"}, "has WORLD_SIZE and lacks RANK and LOCAL_RANK"),
         (TORCH | {"RANK": "8"}, "RANK=8, LOCAL_RANK=1 and WORLD_SIZE=8"),
         (TORCH | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
         (TORCH | {"RANK": "first"}, "RANK is 'first' in the environment, not a number"),
