@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_sat.bad_input import reason
 from megatron_sat.checkpoint.hf_reader import HFReader
-from megatron_sat.corpora import BadRecord, decode, expand, place, read_chunks
+from megatron_sat.corpora import BadRecord, Chunk, Record, decode, expand, place, read_chunks
 from megatron_sat.training.initialize import ranks_agree
 from megatron_sat.training.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -149,6 +149,13 @@ def evaluate_perplexity(
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}; valid: at least 1")
         domains = _domains(files)
+    with ranks_agree("reading the files"):
+        # A bad record at the end of the last file is not to throw away all that was evaluated.
+        rank, ranks = _rank_of()
+        for path in list(domains.values())[rank::ranks]:
+            for chunk in read_chunks(path, keys=[key]):
+                for _ in _records(chunk, key):
+                    pass
     with _hugging_face_folder(model, ckpt_step, load_hf, trust_remote_code) as folder:
         with ranks_agree("loading the model"):
             network, tokenizer = _load(folder, dtype, trust_remote_code)
@@ -174,6 +181,18 @@ def evaluate_perplexity(
         stride=stride,
         domains=results,
     )
+
+
+def _rank_of() -> tuple[int, int]:
+    """This rank, of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _records(chunk: Chunk, key: str) -> Iterator[Record]:
+    for record in decode(chunk, [key]):
+        if isinstance(record, BadRecord):
+            raise ValueError(record.describe(chunk))
+        yield record
 
 
 def _domains(files: Sequence[str]) -> dict[str, str]:
@@ -284,16 +303,12 @@ class _Evaluation:
         self, name: str, path: str, key: str, on_document: Callable[[str, int], None] | None
     ) -> Tensor:
         """This rank's share of a domain: documents, characters, tokens, reference tokens, loss."""
-        rank, ranks = 0, 1
-        if dist.is_initialized():
-            rank, ranks = dist.get_rank(), dist.get_world_size()
+        rank, ranks = _rank_of()
         counts = torch.zeros(5, dtype=torch.float64)
         waiting: list[tuple[list[int], int]] = []
         number = 0
         for chunk in read_chunks(path, keys=[key]):
-            for record in decode(chunk, [key]):
-                if isinstance(record, BadRecord):
-                    raise ValueError(record.describe(chunk))
+            for record in _records(chunk, key):
                 number += 1
                 if number % ranks != rank:
                     continue

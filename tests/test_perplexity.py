@@ -211,7 +211,9 @@ def test_what_cannot_be_evaluated_is_refused(
 
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "good"}\n{"text": 3}\n')
-    refused(r'bad\.jsonl:2: "text" is not a string', data=[str(bad)])
+    # Before the other files are evaluated, and the model is looked at.
+    for model in (folder, tmp_path / "absent"):
+        refused(r'bad\.jsonl:2: "text" is not a string', data=[*files, str(bad)], model=model)
     bad.write_text('{"text": ""}\n')
     refused(r"bad\.jsonl has no document with a token", data=[str(bad)])
     shutil.copyfile(bad, tmp_path / "finance.jsonl")
