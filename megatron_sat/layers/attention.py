@@ -49,6 +49,9 @@ class SATSelfAttention(SelfAttention):
             norm is None or isinstance(norm, IdentityOp)
             for norm in (self.q_layernorm, self.k_layernorm)
         )
+        # Positions that this layer has not, or that are scaled as well (YaRN), are Megatron-core's.
+        no_positions = config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]
+        self._rotates = not no_positions and not hasattr(config, "yarn_rotary_scaling_factor")
         if state.is_sparse_module("attention") and config.num_query_groups < ranks:
             raise ValueError(
                 f"num_query_groups={config.num_query_groups} is less than the tensor-parallel size "
@@ -84,11 +87,15 @@ class SATSelfAttention(SelfAttention):
     ) -> Any:
         """As the stock module's; rotary positions take our kernel where it serves."""
         self._angles = None
-        if kwargs.get("inference_context") is None and self._rotary.serves(
-            hidden_states,
-            rotary_pos_emb,
-            head_size=self.hidden_size_per_attention_head,
-            interleaved=self.config.rotary_interleaved,
+        if (
+            self._rotates
+            and kwargs.get("inference_context") is None
+            and self._rotary.serves(
+                hidden_states,
+                rotary_pos_emb,
+                head_size=self.hidden_size_per_attention_head,
+                interleaved=self.config.rotary_interleaved,
+            )
         ):
             self._angles, rotary_pos_emb = rotary_pos_emb, None
         return super().forward(

@@ -2,12 +2,18 @@
 
 from typing import Any
 
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_sat.layers.norm import SATRMSNorm
 from megatron_sat.layers.residual import get_residual_add
+
+# What the stock forward passes on to attention; and what a Llama layer in training has no use for.
+_FOR_ATTENTION = frozenset(
+    ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "attention_bias", "packed_seq_params")
+)
+_UNUSED = frozenset(("context", "context_mask", "padding_mask"))
 
 
 class SATTransformerLayer(TransformerLayer):
@@ -23,6 +29,8 @@ class SATTransformerLayer(TransformerLayer):
             isinstance(self.input_layernorm, SATRMSNorm)
             and isinstance(self.pre_mlp_layernorm, SATRMSNorm)
             and isinstance(self.cross_attention, IdentityOp)
+            and isinstance(self.pre_cross_attn_layernorm, IdentityOp)
+            and isinstance(self.cross_attn_bda, IdentityFuncOp)
             and self.self_attn_bda is self.mlp_bda is get_residual_add
             and self.hidden_dropout == 0.0
             and not self.config.fp32_residual_connection
@@ -39,24 +47,18 @@ class SATTransformerLayer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *args: Any,
-        inference_context: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h]`` -> ``[s, b, h]`` and the context of cross-attention, as the stock one's."""
-        if not self._is_plain or args or inference_context is not None:
+        given = {name for name, value in kwargs.items() if value is not None}
+        if not self._is_plain or args or not given <= _FOR_ATTENTION | _UNUSED:
             stock: tuple[Tensor, Tensor | None] = super().forward(
-                hidden_states, attention_mask, *args, inference_context=inference_context, **kwargs
+                hidden_states, attention_mask, *args, **kwargs
             )
             return stock
         normed, residual = self.input_layernorm(hidden_states, with_sum=True)
         branch = self.self_attention(
-            normed,
-            attention_mask,
-            rotary_pos_emb=kwargs.get("rotary_pos_emb"),
-            rotary_pos_cos=kwargs.get("rotary_pos_cos"),
-            rotary_pos_sin=kwargs.get("rotary_pos_sin"),
-            attention_bias=kwargs.get("attention_bias"),
-            packed_seq_params=kwargs.get("packed_seq_params"),
+            normed, attention_mask, **{name: kwargs[name] for name in given & _FOR_ATTENTION}
         )
         normed, residual = self.pre_mlp_layernorm(_with_bias(branch), residual, with_sum=True)
         return residual + _with_bias(self.mlp(normed)), kwargs.get("context")

@@ -6,8 +6,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_sat.ops.backend import use_triton
-from megatron_sat.ops.norm import add_rms_norm
+from megatron_sat.ops.norm import add_rms_norm, is_fused
 
 
 class _Norm:
@@ -45,7 +44,7 @@ class SATRMSNorm(_Norm, torch.nn.RMSNorm):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``[..., h]`` -> the norm of ``x``, or of ``residual + x``; ``with_sum``: and what was
         normalised, for the residual connection to go on from."""
-        if use_triton(x) and x.dtype == self.weight.dtype:
+        if is_fused(x) and x.dtype == self.weight.dtype:
             normed, total = add_rms_norm(x, residual, self.weight, eps=self.eps)
         else:
             total = x if residual is None else residual + x

@@ -50,7 +50,9 @@ class FusedRotary:
     def _look_up(self, angles: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[s, 1 or b, d / 2]`` float32, made once for all layers."""
         if self._tables is None or self._angles is not angles:
-            # The second half repeats the first.
-            half = angles[:, :, 0, : angles.shape[-1] // 2].float()
-            self._angles, self._tables = angles, (half.cos(), half.sin())
+            # The second half repeats the first. A first pass may be an evaluation under inference
+            # mode, whose tensors no backward pass may keep.
+            with torch.inference_mode(False):
+                half = angles[:, :, 0, : angles.shape[-1] // 2].float()
+                self._angles, self._tables = angles, (half.cos(), half.sin())
         return self._tables

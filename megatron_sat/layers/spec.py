@@ -40,8 +40,9 @@ def get_gpt_layer_sat_spec(
     Usable in anybody's Megatron-core training: call ``state.begin_step(step)`` before each step
     and ``state.begin_micro_batch(i)`` before each micro-batch. A spec, like its state, belongs to
     one model. Under sequence parallelism build the model from :func:`get_gpt_block_sat_spec`,
-    which brings the final norm as well. ``timeout`` is that of the statistic's collectives (None:
-    torch's default). ValueError for an unknown ``normalization``; what the
+    which brings the final norm as well. On a GPU positions are written into the output of
+    ``linear_qkv``: a hook that keeps it has to copy it. ``timeout`` is that of the statistic's
+    collectives (None: torch's default). ValueError for an unknown ``normalization``; what the
     layers do not support is refused by name when they are built.
     """
     norm = _norm(normalization)

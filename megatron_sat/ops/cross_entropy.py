@@ -25,7 +25,7 @@ def vocab_parallel_cross_entropy(
     Computed, and returned, in float32; float64 stays float64. Ranks of `group` (None: this one
     alone) have equal shards of the vocabulary in the order of their ranks, and the same targets,
     and get the same losses. An id that no shard has is not noticed: to look would be to wait for
-    the GPU.
+    the GPU. Its loss means nothing and has to be masked.
 
     The backward pass writes the gradient over the logits, which must not be read after it. It runs
     once: a second time is a RuntimeError. Logits that are not contiguous are copied first.

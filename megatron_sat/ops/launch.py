@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _launchers: dict[tuple[Any, ...], Any] = {}
+# Whose batches are all of another length would collect them without end.
+_MOST_LAUNCHERS = 4096
 _NOTHING = contextlib.nullcontext()
 
 
@@ -32,8 +34,8 @@ def launch(
     """
     device = tensors[0].get_device()
     # Triton compiles anew for other types, numbers that are 1 or multiples of 16, and pointers
-    # that are not aligned to 16 bytes; the numbers themselves are few: they are sizes of the model.
-    # The grid has as many values as there are token counts; a launcher is made for each.
+    # that are not aligned to 16 bytes. Numbers and grid are sizes of the model and of the batch: a
+    # run meets few of them.
     pointers = [tensor.data_ptr() for tensor in tensors]
     key = (
         id(kernel),  # a kernel's own hash is that of its source
@@ -51,6 +53,8 @@ def launch(
             launcher(*pointers, *numbers, *constants.values())
             return
         compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+    if len(_launchers) >= _MOST_LAUNCHERS:
+        _launchers.clear()
     if compiled is not None:  # the interpreter compiles nothing
         _launchers[key] = compiled[(*grid, 1, 1)[:3]]
 

@@ -14,8 +14,14 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sat.ops.backend import kernels, use_triton
 
-# Columns that one Triton program can hold.
-_WIDEST = 2**14
+# Columns that a Triton program holds in registers; with fewer than the least its programs have too
+# little to read at a time, and PyTorch's kernel serves better.
+_LEAST, _WIDEST = 2**10, 2**13
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether `add_rms_norm` of `x [..., h]` is one kernel, rather than PyTorch's operations."""
+    return _takes_triton(x) and x.shape[-1] >= _LEAST
 
 
 def add_rms_norm(
@@ -26,14 +32,17 @@ def add_rms_norm(
 
     Computed in float32 and rounded once, as are the gradients; float64 stays float64. The sum that
     is normalised is the rounded one. Whoever goes on from the sum that comes back, and not from
-    `x`, has its gradient added within the norm's backward pass. ValueError where the types of
-    `x`, `residual` and `weight` differ.
+    `x`, has its gradient added within the norm's backward pass. ValueError where types or shapes do
+    not fit together.
     """
     types = {t.dtype for t in (x, residual, weight) if t is not None}
     if len(types) > 1:
         raise ValueError(
             f"x, residual and weight are of different types: {sorted(map(str, types))}"
         )
+    if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
+        shapes = [list(t.shape) for t in (x, residual, weight) if t is not None]
+        raise ValueError(f"shapes {shapes} do not fit; valid: [..., h], the same, and [h]")
     y, total = _AddRMSNorm.apply(x, residual, weight, eps)
     return y, total
 
@@ -58,7 +67,7 @@ def add_rms_norm_backward(
     if _takes_triton(total):
         return kernels().add_rms_norm_backward(dy, dtotal, total, inverse, weight)
     unit, gradient = _widen(total) * inverse[..., None], _widen(dy)
-    dweight = (gradient * unit).flatten(0, -2).sum(dim=0)
+    dweight = (gradient * unit).view(-1, weight.numel()).sum(dim=0)
     gradient = gradient * _widen(weight)
     dx = (gradient - unit * (gradient * unit).mean(dim=-1, keepdim=True)) * inverse[..., None]
     if dtotal is not None:

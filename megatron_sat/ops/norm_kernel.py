@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_sat.ops.launch import launch, power_of_2
 
-# Programs of the backward pass on each multiprocessor: as many as are there at once, so that each
-# weight gradient's partial sums are few.
-_PROGRAMS = 2
+# Warps of the backward pass on each multiprocessor: as many as its registers are enough for, so
+# that all programs run at once and the weight gradient's partial sums are few.
+_WARPS = 16
 
 
 @triton.jit
@@ -127,8 +127,8 @@ def add_rms_norm_backward(
     adds, dtotal = dtotal is not None, dy if dtotal is None else dtotal.contiguous()
     dx = torch.empty_like(total)
     tokens = inverse.numel()
-    programs = min(tokens, _PROGRAMS * _multiprocessors(dy.device))
     columns, block, warps = _sizes(total)
+    programs = min(tokens, _WARPS // warps * _multiprocessors(dy.device))
     shares = inverse.new_empty(programs, columns)
     launch(
         _backward_kernel,
@@ -145,7 +145,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     """Columns, those of a program, and its warps: sixteen columns to a thread, if there are."""
     columns = x.shape[-1]
     block = power_of_2(columns)
-    return columns, block, min(16, max(1, block // 512))
+    return columns, block, min(_WARPS, max(1, block // 512))
 
 
 @functools.cache

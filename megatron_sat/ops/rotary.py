@@ -49,7 +49,7 @@ def split_rotated(
             f"mixed has {width} features; valid for {groups} groups of heads of {head_size}: a "
             f"multiple of {groups * head_size}, twice that or more"
         )
-    return _SplitRotated.apply(mixed, cosine, sine, groups)
+    return _SplitRotated.apply(mixed.contiguous(), cosine, sine, groups)
 
 
 def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,8 @@ class _SplitRotated(torch.autograd.Function):
             rotate_into((query, key, None), (query, key, None), cosine, sine)
             # Autograd does not see a kernel write. So it does, and an operation that has saved
             # `mixed` raises an error in backward.
-            torch.autograd.graph.increment_version(mixed)
+            if not mixed.is_inference():
+                torch.autograd.graph.increment_version(mixed)
         else:
             # The value too, so that all of `mixed` is freed.
             query, key, value = _empty(query), _empty(key), _empty(value)

@@ -78,7 +78,8 @@ class SATGPTModel(GPTModel):
         The backward pass may write over `logits`: the output layer does not need what it gave.
         """
         if not use_triton(logits):
-            # Not Megatron-core's fused form: it is compiled by Triton, which does not run here.
+            # In its unfused form, with float32 copies: the fused one is compiled by Triton, which
+            # does not run here.
             return super().compute_language_model_loss(labels, logits)
         loss = vocab_parallel_cross_entropy(logits, labels.transpose(0, 1), group=self.tp_group)
         return loss.transpose(0, 1).contiguous()

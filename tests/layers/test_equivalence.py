@@ -201,7 +201,7 @@ def test_at_the_papers_fine_tuning_rate(model: str) -> None:
 
 def compare_fused(model: str, sequence_parallel: bool) -> dict:
     """As :func:`compare`, with norms that take the residual along: on a CPU they do not."""
-    with mock.patch("megatron_sat.layers.norm.use_triton", lambda x: True):
+    with mock.patch("megatron_sat.layers.norm.is_fused", lambda x: True):
         return compare(model, "float64", sequence_parallel, {})
 
 

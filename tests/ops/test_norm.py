@@ -69,6 +69,41 @@ def test_a_frozen_weight_has_no_gradient() -> None:
     assert x.grad is not None and weight.grad is None
 
 
+def check_rounding(device: str) -> None:
+    """In bfloat16 each result is that of float64, from the rounded sum, rounded; but for few that
+    lie between two numbers."""
+    x, residual, dy, dtotal = (torch.randn(64, 1024, device=device).bfloat16() for _ in range(4))
+    residual *= 100  # the sum loses much of x
+    weight = (torch.rand(1024, device=device) + 0.5).bfloat16()
+    leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+    y, total = add_rms_norm(*leaves, weight, eps=EPS)
+    (dx,) = torch.autograd.grad([y, total], leaves[:1], [dy, dtotal])
+    exact_total = (residual + x).double().requires_grad_()
+    exact = torch.nn.functional.rms_norm(exact_total, (1024,), weight.double(), EPS)
+    (exact_dx,) = torch.autograd.grad([exact, exact_total], exact_total, [dy.double(), dtotal])
+    assert torch.equal(total, residual + x)
+    for actual, wanted in ((y, exact), (dx, exact_dx)):
+        assert float((actual == wanted.bfloat16()).double().mean()) > 0.995
+
+
+def test_results_are_rounded_once() -> None:
+    check_rounding("cpu")
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x, weight = torch.zeros(2, 3, 8), torch.ones(8)
+    with pytest.raises(ValueError, match=r"shapes \[\[2, 3, 8\], \[1, 3, 8\], \[8\]\] do not fit"):
+        add_rms_norm(x, x[:1], weight, eps=EPS)
+    with pytest.raises(ValueError, match="do not fit"):
+        add_rms_norm(x, None, torch.ones(4), eps=EPS)
+
+
+def test_a_single_token_without_other_dimensions() -> None:
+    x, weight = torch.randn(8, requires_grad=True), torch.ones(8, requires_grad=True)
+    add_rms_norm(x, None, weight, eps=EPS)[0].sum().backward()
+    assert x.grad is not None and weight.grad is not None
+
+
 def test_types_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match=r"different types: .*bfloat16.*float32"):
         add_rms_norm(torch.zeros(2, 8), None, torch.ones(8, dtype=torch.bfloat16), eps=EPS)
@@ -81,3 +116,9 @@ def test_types_that_differ_are_refused() -> None:
 @pytest.mark.parametrize("columns", [128, 4096, 5120, 20000])
 def test_norm_on_a_gpu(columns: int, dtype: torch.dtype, adds: bool) -> None:
     check((700, 2, columns), dtype, adds=adds, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_results_are_rounded_once_on_a_gpu() -> None:
+    check_rounding("cuda")
