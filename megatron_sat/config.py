@@ -265,9 +265,10 @@ def add_sat_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="before the first step measure a layer at every rate of the schedule, take the counts "
-        "that run fastest near it, and run dense where that is faster; FILE keeps the table for "
-        "other runs of the same kind (default: counts are rounded, and not measured)",
+        help="before the first step measure a layer (under ZeRO-3: a few) at every rate of the "
+        "schedule, take the counts that run fastest near it, and run dense where that is faster; "
+        "FILE keeps the table for other runs of the same kind (default: counts are rounded, and "
+        "not measured)",
     )
 
 

@@ -2,42 +2,41 @@
 
 Counts that round a rate well may run badly: libraries have fast and slow sizes of matrices, and
 where the GPU waits for the host, leaving units out costs more than it saves. So each rung of the
-schedule is measured on one layer of the model, at the run's micro-batch size, precision and tensor
-parallelism, forward and backward, against the same layer dense, in turns. Near the rate, the
-counts with the most operations a second are taken; then the fastest of leaving out both heads and
-channels, channels alone, heads alone, or nothing. Every rank takes part in the measuring, as
-layers communicate, and rank 0's times decide.
+schedule is measured on one layer of the model (at ZeRO stage 3 on a few, under DeepSpeed), at the
+run's micro-batch size, precision and tensor parallelism, forward and backward, against the same
+layer dense, in turns. Near the rate, the counts with the most operations a second are taken; then
+the fastest of leaving out both heads and channels, channels alone, heads alone, or nothing. Every
+rank takes part in the measuring, as layers communicate, and rank 0's times decide.
 
 A run keeps its counts to its end: what was measured when it began travels in its checkpoints.
 """
 
+import contextlib
+import gc
 import importlib.metadata
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.transformer.spec_utils import build_module
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_sat.config import Module
-from megatron_sat.flops import forward_flops
-from megatron_sat.layers import get_gpt_layer_sat_spec
 from megatron_sat.state import KeptCounts, SATState, stored_counts
+from megatron_sat.training.autotune_layer import (
+    BareLayer,
+    measured_deepspeed_config,
+    measured_layer,
+    micro_batches,
+    uses_deepspeed,
+)
 from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree, set_seeds
-from megatron_sat.training.model import transformer_config
-from megatron_sat.training.step_flops import model_shape
 
 # Counts tried: the multiples of these nearest to the exact count of a selection group, if they are
 # multiples of --sat-channel-multiple, and leave out at most this much more or less than the rate.
@@ -45,12 +44,8 @@ _MULTIPLES = (64, 128, 256, 512)
 _TOLERANCE = 0.03
 # Other counts than the rounded ones must be this much faster: what is within it may be chance.
 _NOISE = 0.01
-# Micro-batches of a measured step, at most: more share the step's one choice of units.
-_MICRO_BATCHES = 8
-# Steps run in a row, as layers follow each other; turns that are not timed, and that are.
-_IN_A_ROW, _WARM_UP, _TURNS = 4, 1, 5
-# Packages whose kernels run in a layer.
-_PACKAGES = ("megatron-sat", "torch", "triton", "megatron-core", "flash-attn")
+# Packages that run a layer.
+_PACKAGES = ("megatron-sat", "torch", "triton", "megatron-core", "deepspeed", "flash-attn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +58,9 @@ class Rung:
     channels: int
     """MLP channels that take part, likewise."""
     milliseconds: float | None
-    """One layer, forward and backward of a micro-batch, with these counts; dense, this is how long
-    the fastest way to leave units out took. None: rounding leaves nothing out."""
+    """One layer, forward and backward of a micro-batch, with these counts; at ZeRO stage 3 with
+    its share of the optimizer's step. Dense, this is how long the fastest way to leave units out
+    took. None: rounding leaves nothing out."""
     dense_milliseconds: float | None
     """The same layer dense."""
 
@@ -158,9 +154,8 @@ def autotune(config: TrainingConfig, resumed: StoredCheckpoint | None = None) ->
     if found[0] is not None:
         rungs = tuple(Rung(**rung) for rung in found[0])
         return Autotuned(rungs=rungs, source=f" (from {path})", **shared)
-    layer = _Layer(config)
-    rungs = tuple(_tune(layer, rate, step) for rate, step in _sparse_rates(layer.state))
-    del layer
+    rungs = _measure(config)
+    gc.collect()  # layers and engines hold each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     set_seeds(config.seed)
@@ -171,99 +166,18 @@ def autotune(config: TrainingConfig, resumed: StoredCheckpoint | None = None) ->
     return result
 
 
+def _measure(config: TrainingConfig) -> tuple[Rung, ...]:
+    with contextlib.closing(measured_layer(config)) as layer:
+        return tuple(_tune(layer, rate, step) for rate, step in _sparse_rates(layer.state))
+
+
 def _sparse_rates(state: SATState) -> list[tuple[float, int]]:
     """Each rate above 0 of the schedule, and its first step."""
     assert state.schedule is not None
     return [(stage.rate, stage.first_step) for stage in state.schedule.stages() if stage.rate > 0]
 
 
-class _Layer:
-    """One layer of the model with random input, and a step of it under given counts."""
-
-    def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
-        self.state = SATState(config.sat)
-        transformer = transformer_config(config)
-        spec = get_gpt_layer_sat_spec(
-            self.state,
-            normalization=config.model.normalization,
-            qk_layernorm=config.model.qk_layernorm,
-        )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.module = build_module(spec, config=transformer, layer_number=1).to(device).train()
-        model, parallel = config.model, config.parallel
-        ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        shape = (model.seq_length // ranks, config.micro_batch_size, model.hidden_size)
-        self.x = torch.randn(shape, device=device, dtype=config.params_dtype, requires_grad=True)
-        self.dy = torch.randn_like(self.x)
-        rotary = RotaryEmbedding(
-            transformer.kv_channels,
-            rotary_percent=model.rotary_percent,
-            rotary_base=model.rotary_base,
-            use_cpu_initialization=device.type == "cpu",
-        )
-        self.angles = rotary(model.seq_length)
-        accumulation = config.gradient_accumulation_steps(dist.get_world_size())
-        self.micro_batches = min(_MICRO_BATCHES, accumulation)
-
-    def run(self, step: int) -> None:
-        """Forward and backward of a step's micro-batches."""
-        self.state.begin_step(step)
-        for index in range(self.micro_batches):
-            self.x.grad = None
-            self.module.zero_grad(set_to_none=True)  # as ZeRO takes gradients away at once
-            self.state.begin_micro_batch(index)
-            if self.config.parallel.recompute_granularity == "full":
-                output = checkpoint(self._forward, self.x, use_reentrant=False)
-            else:
-                output = self._forward(self.x)
-            output.backward(self.dy)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.module(x, attention_mask=None, rotary_pos_emb=self.angles)[0]
-        return output
-
-    def operations(self, counts: tuple[int, int]) -> int:
-        """Of a forward pass with so many heads and channels."""
-        shape = model_shape(self.config, 1)
-        shape = replace(shape, num_layers=1, windows=shape.windows and shape.windows[:1])
-        tokens = self.config.micro_batch_size * self.config.model.seq_length
-        heads, channels = counts
-        return forward_flops(shape, tokens=tokens, heads_kept=heads, channels_kept=channels).layers
-
-    def milliseconds(
-        self, cases: Sequence[tuple[int, int]], *, rate: float, step: int
-    ) -> list[float]:
-        """Of a micro-batch with each case's heads and channels: medians of rank 0, on all ranks."""
-        times: list[list[float]] = [[] for _ in cases]
-        for turn in range(_WARM_UP + _TURNS):
-            for case, (heads, channels) in enumerate(cases):
-                self.state.set_kept_counts({rate: {"attention": heads, "mlp": channels}})
-                seconds = _seconds(lambda: self.run(step))
-                if turn >= _WARM_UP:
-                    times[case].append(seconds * 1e3 / self.micro_batches)
-        medians: list[Any] = [[statistics.median(values) for values in times]]
-        dist.broadcast_object_list(medians)
-        result: list[float] = medians[0]
-        return result
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    """Of one call among several in a row."""
-    _wait()
-    began = time.perf_counter()
-    for _ in range(_IN_A_ROW):
-        run()
-    _wait()
-    return (time.perf_counter() - began) / _IN_A_ROW
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _tune(layer: _Layer, rate: float, step: int) -> Rung:
+def _tune(layer: BareLayer, rate: float, step: int) -> Rung:
     """The counts for one rate, whose first step is ``step``."""
     model = layer.config.model
     dense = (model.num_attention_heads, model.ffn_hidden_size)
@@ -322,7 +236,6 @@ def _case(config: TrainingConfig) -> dict[str, Any]:
     """What times depend on: a table is good for this alone."""
     assert config.sat is not None
     on_gpu = torch.cuda.is_available()
-    accumulation = config.gradient_accumulation_steps(dist.get_world_size())
     sat = config.sat.to_dict()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
@@ -337,7 +250,8 @@ def _case(config: TrainingConfig) -> dict[str, Any]:
         "recompute_modules": config.parallel.recompute_modules,
         "micro_batch_size": config.micro_batch_size,
         "seq_length": config.model.seq_length,
-        "micro_batches": min(_MICRO_BATCHES, accumulation),
+        "micro_batches": micro_batches(config),
+        "deepspeed": measured_deepspeed_config(config) if uses_deepspeed(config) else None,
         "model": config.architecture(),
         "sat": {name: value for name, value in sat.items() if name != "seed"},
     }

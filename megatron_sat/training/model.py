@@ -14,6 +14,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from megatron_sat.layers import get_gpt_block_sat_spec
@@ -158,16 +159,7 @@ def build_model(
     )
     construction: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
-        for layer in spec.layer_specs:
-            layer.module = LeafLayer
-        construction = deepspeed.zero.Init(
-            data_parallel_group=parallel_state.get_data_parallel_group(),
-            config_dict_or_path=dict(deepspeed_config),
-            mpu=ModelParallelUnit(),
-            # Types and devices are given by Megatron-core; left to zero.Init, bf16 would also
-            # befall the rotary frequencies.
-            tensor_overrides=[],
-        )
+        construction = partitioned_layers(spec, deepspeed_config)
     with construction:
         model = SATGPTModel(
             config=transformer,
@@ -194,6 +186,23 @@ def build_model(
             model.embedding.register_forward_hook(_require_gradient)
     add_replicated_gradient_hooks(model)
     return model
+
+
+def partitioned_layers(
+    spec: TransformerBlockSubmodules, deepspeed_config: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[object]:
+    """Within the block parameters are partitioned as they are made, as ZeRO stage 3 wants it, and
+    the layers of `spec` are what its hooks need."""
+    for layer in spec.layer_specs:
+        layer.module = LeafLayer
+    return deepspeed.zero.Init(
+        data_parallel_group=parallel_state.get_data_parallel_group(),
+        config_dict_or_path=dict(deepspeed_config),
+        mpu=ModelParallelUnit(),
+        # Types and devices are given by Megatron-core; left to zero.Init, bf16 would also
+        # befall the rotary frequencies.
+        tensor_overrides=[],
+    )
 
 
 def _require_gradient(module: torch.nn.Module, inputs: object, embedded: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from megatron_sat.testing import RankError
 from megatron_sat.testing.training import tiny_run, train_on_ranks, write_indexed_data
 from megatron_sat.training import autotune
 from megatron_sat.training.arguments import parse_args
+from megatron_sat.training.autotune_layer import BareLayer
 
 Times = Callable[[int, int], float]
 
 
-class MeasuredLayer(autotune._Layer):
+class MeasuredLayer(BareLayer):
     """A layer whose times are a formula of its counts: 32 heads, 4096 channels."""
 
     def __init__(self, times: Times, flags: str = "") -> None:
@@ -215,7 +216,7 @@ def test_a_resumed_run_is_measured_in_the_groups_of_its_checkpoint(
         seen.append(config.sat.selection_groups)
         return MeasuredLayer(work, "--sat-selection-groups 2")
 
-    for name, value in (("_Layer", layer), ("set_seeds", lambda seed: None)):
+    for name, value in (("measured_layer", layer), ("set_seeds", lambda seed: None)):
         monkeypatch.setattr(autotune, name, value)
     monkeypatch.setattr(autotune.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(autotune.dist, "broadcast_object_list", lambda items: None)
