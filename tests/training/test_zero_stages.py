@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import get_z3_leaf_modules
 
@@ -100,3 +101,34 @@ def test_zero_3_keeps_its_trace_and_finds_no_external_parameters(
         # The evaluation before the first step leaves a trace without a backward pass.
         assert dropped == [1] + [0] * 9
         assert subsets == 10
+
+
+def messages_of_gradients(argv: list[str]) -> list[int]:
+    """Of a run: how many gradients each message of its first micro-batch holds."""
+    sizes: list[int] = []
+    micro_batches: list[list[int]] = []
+    reduce, loss = stage3.reduce_scatter_coalesced, Trainer._loss
+
+    def count(tensors, group):
+        sizes.append(len(tensors))
+        return reduce(tensors, group)
+
+    def begin(self, batch):
+        micro_batches.append(sizes.copy())
+        return loss(self, batch)
+
+    with (
+        mock.patch.object(stage3, "reduce_scatter_coalesced", count),
+        mock.patch.object(Trainer, "_loss", begin),
+    ):
+        train(argv)
+    return micro_batches[1]
+
+
+def test_a_layers_gradients_go_in_two_messages_at_most(tiny_data):
+    """DeepSpeed lets the host run two messages ahead: with one for each matrix it would wait."""
+    flags = "--zero-stage 3 --train-iters 1 --lr-warmup-iters 0 --eval-iters 0 --num-layers 4 "
+    flags += "--hidden-size 512 --ffn-hidden-size 1024 --num-query-groups 8"
+    for sizes in run_training(messages_of_gradients, 2, tiny_run(tiny_data, flags)):
+        assert sum(sizes) == 4 * 6 + 3  # six of a layer, embeddings, output, final norm
+        assert len(sizes) <= 2 * 4 + 1
