@@ -152,10 +152,12 @@ def evaluate_perplexity(
     with ranks_agree("reading the files"):
         # A bad record at the end of the last file is not to throw away all that was evaluated.
         rank, ranks = _rank_of()
-        for path in list(domains.values())[rank::ranks]:
-            for chunk in read_chunks(path, keys=[key]):
-                for _ in _records(chunk, key):
-                    pass
+        for path in domains.values():
+            # Every rank goes through every file, so that none waits long for another.
+            for number, chunk in enumerate(read_chunks(path, keys=[key])):
+                if number % ranks == rank:
+                    for _ in _records(chunk, key):
+                        pass
     with _hugging_face_folder(model, ckpt_step, load_hf, trust_remote_code) as folder:
         with ranks_agree("loading the model"):
             network, tokenizer = _load(folder, dtype, trust_remote_code)

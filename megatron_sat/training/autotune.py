@@ -11,13 +11,12 @@ rank takes part in the measuring, as layers communicate, and rank 0's times deci
 A run keeps its counts to its end: what was measured when it began travels in its checkpoints.
 """
 
-import contextlib
 import gc
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,13 +120,19 @@ def check_resumed(config: TrainingConfig, stored: StoredCheckpoint) -> None:
         )
 
 
-def autotune(config: TrainingConfig, resumed: StoredCheckpoint | None = None) -> Autotuned | None:
+def autotune(
+    config: TrainingConfig,
+    resumed: StoredCheckpoint | None = None,
+    *,
+    on_rate: Callable[[float], None] = lambda rate: None,
+) -> Autotuned | None:
     """The counts for every rate of ``config.sat``'s schedule, from the table in the file of
     ``--sat-autotune`` if that is of this run's shape and machine, else measured and written there.
 
-    None without the flag, and where ``resumed`` has counts that this run keeps. Collective; after
-    ``initialize`` and before the model is built. Seeds are set anew, so that the model's weights do
-    not depend on it. RanksStopped if the file is something else or cannot be written.
+    None without the flag, and where ``resumed`` has counts that this run keeps. ``on_rate`` is told
+    of each rate before it is measured. Collective; after ``initialize`` and before the model is
+    built. Seeds are set anew, so that the model's weights do not depend on it. RanksStopped if the
+    file is something else or cannot be written.
     """
     if config.sat is None or config.sat_autotune is None:
         return None
@@ -154,7 +159,7 @@ def autotune(config: TrainingConfig, resumed: StoredCheckpoint | None = None) ->
     if found[0] is not None:
         rungs = tuple(Rung(**rung) for rung in found[0])
         return Autotuned(rungs=rungs, source=f" (from {path})", **shared)
-    rungs = _measure(config)
+    rungs = _measure(config, on_rate)
     gc.collect()  # layers and engines hold each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -166,9 +171,14 @@ def autotune(config: TrainingConfig, resumed: StoredCheckpoint | None = None) ->
     return result
 
 
-def _measure(config: TrainingConfig) -> tuple[Rung, ...]:
-    with contextlib.closing(measured_layer(config)) as layer:
-        return tuple(_tune(layer, rate, step) for rate, step in _sparse_rates(layer.state))
+def _measure(config: TrainingConfig, on_rate: Callable[[float], None]) -> tuple[Rung, ...]:
+    layer = measured_layer(config)
+    rungs = []
+    for rate, step in _sparse_rates(layer.state):
+        on_rate(rate)
+        rungs.append(_tune(layer, rate, step))
+    layer.close()
+    return tuple(rungs)
 
 
 def _sparse_rates(state: SATState) -> list[tuple[float, int]]:

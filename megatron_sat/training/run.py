@@ -171,8 +171,12 @@ def _pretrain(
         samples = total_samples(stored.progress, config)
     datasets = build_datasets(config, tokenizer, samples=samples, check=check, watchdog=watchdog)
 
-    at("measuring for --sat-autotune")
-    tuned = autotune(config, stored if resuming else None)
+    at("looking for the table of --sat-autotune")
+    tuned = autotune(
+        config,
+        stored if resuming else None,
+        on_rate=lambda rate: at(f"measuring rate {rate:.3f} for --sat-autotune"),
+    )
     state = SATState(config.sat)
     at("building the model")
     model = build_model(config, state, padded_vocab=padded_vocab, deepspeed_config=deepspeed_config)

@@ -148,6 +148,38 @@ def test_a_rung_that_hooks_alone_make_slower_runs_dense(tiny_data: Path) -> None
     assert ratios[1] == 2.0 and 0.5 < ratios[3] < 1.0
 
 
+def milliseconds_with_a_slow_optimizer(argv: list[str]) -> float:
+    """Of a layer and micro-batch where a step takes a second, and the optimizer half of it."""
+    layer = autotune_layer.measured_layer(begin(argv))
+    clock = [0.0]
+
+    def seconds(run: Callable[[], None], runs: int) -> float:
+        run()
+        return 1.0
+
+    def slow(*_: Any, **__: Any) -> None:
+        clock[0] += 0.5
+
+    with (
+        counted(DeepSpeedZeroOptimizer_Stage3, "step", slow),
+        mock.patch.object(autotune_layer, "_seconds", seconds),
+        mock.patch.object(autotune_layer.time, "perf_counter", lambda: clock[0]),
+    ):
+        (milliseconds,) = layer.milliseconds([(4, 64)], rate=0.5, step=1)
+    layer.close()
+    return milliseconds
+
+
+@pytest.mark.parametrize(("micro_batches", "optimizer"), [(8, 0.5), (32, 0.125)])
+def test_a_micro_batch_bears_its_share_of_the_runs_optimizer(
+    tiny_data: Path, micro_batches: int, optimizer: float
+) -> None:
+    """Eight are measured, however many share the run's step."""
+    argv = tiny_run(tiny_data, f"{RUN}--global-batch-size {micro_batches * 4}")
+    for milliseconds in run_training(milliseconds_with_a_slow_optimizer, 2, argv):
+        assert milliseconds == pytest.approx(1e3 * (0.5 + optimizer) / (8 * 4))
+
+
 def train_untimed(argv: list[str]) -> None:
     with not_timed():
         train(argv)
