@@ -94,7 +94,7 @@ def outcome(main: Callable[[list[str]], int | None], argv: list[str]) -> Outcome
 def start(argv: list[str]) -> int:
     """The trainer's script, up to where training would begin."""
 
-    def begin(*_: object) -> None:
+    def begin(*_: object, **__: object) -> None:
         raise Accepted
 
     parallel_state.destroy_model_parallel()
