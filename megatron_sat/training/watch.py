@@ -140,7 +140,7 @@ def check_finite_parameters(model: torch.nn.Module, *, iteration: int) -> None:
     names = []
     for name, parameter in model.named_parameters():
         with own_part(parameter, write=False) as part:
-            if not bool(part.isfinite().all()):
+            if not bool(part[: _entries(parameter)].isfinite().all()):
                 names.append(name)
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, names)
@@ -152,6 +152,15 @@ def check_finite_parameters(model: torch.nn.Module, *, iteration: int) -> None:
             f"iteration {iteration} is not saved: parameters that are not finite on "
             f"{_ranks(list(wrong))}: {_some(ordered)}"
         )
+
+
+def _entries(parameter: Any) -> int | None:
+    """How many entries of its part a parameter has; None: all. ZeRO-3 fills the last slices up with
+    whatever the memory held."""
+    if not hasattr(parameter, "ds_tensor"):
+        return None
+    rank = dist.get_rank(parameter.ds_process_group)
+    return max(0, int(parameter.ds_numel) - rank * int(parameter.ds_tensor.ds_numel))
 
 
 def local_part(parameter: Tensor) -> Tensor:

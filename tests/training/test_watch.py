@@ -191,6 +191,33 @@ def test_copies_that_differ_stop_the_run(tmp_path, tiny_data, flags, name, expec
     }
 
 
+def fill_with_nan(argv: list[str]) -> tuple[int, str]:
+    """How many entries of this rank's slices are no parameter's, and what is said when one that is
+    has no number."""
+    from megatron_sat.training.watch import check_finite_parameters
+
+    model = train(argv).engine.module
+    rank, filled = dist.get_rank(), 0
+    for parameter in model.parameters():
+        part = parameter.ds_tensor.data
+        behind = max(0, parameter.ds_numel - rank * part.numel())
+        filled += part[behind:].numel()
+        part[behind:] = math.nan
+    check_finite_parameters(model, iteration=1)
+    dict(model.named_parameters())[LINEAR].ds_tensor.data[0] = math.nan
+    with pytest.raises(WrongNumbers) as wrong:
+        check_finite_parameters(model, iteration=1)
+    return filled, str(wrong.value)
+
+
+def test_what_fills_up_the_slices_of_zero_3_is_no_parameter(tiny_data):
+    flags = "--zero-stage 3 --micro-batch-size 1 --global-batch-size 3 --eval-iters 0 "
+    flags += "--train-iters 1 --lr-warmup-iters 0"
+    found = run_training(fill_with_nan, 3, tiny_run(tiny_data, flags))
+    assert found[0][0] == 0 and found[2][0] > 0
+    assert all(LINEAR in message for _, message in found)
+
+
 def flip_and_check(argv: list[str], name: str, rank: int) -> list[str]:
     """What the comparison says after a bit of ``name`` has flipped on ``rank``, and before."""
     from megatron_sat.training.replicas import check_replicas
