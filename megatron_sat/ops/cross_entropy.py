@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, all_gather_into_tensor
 
 from megatron_sat.ops.backend import kernels, use_triton
+from megatron_sat.ops.precision import widen
 
 
 def vocab_parallel_cross_entropy(
@@ -46,7 +47,7 @@ def shard_statistics(logits: Tensor, target: Tensor, *, first: int) -> Tensor:
     shard has it, 0."""
     if use_triton(logits):
         return kernels().cross_entropy_statistics(logits, target, first=first)
-    wide = _wide(logits)
+    wide = widen(logits)
     # Not below, where all is -inf: -inf less -inf is not a number.
     largest = wide.amax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
     total = (wide - largest[:, None]).exp().sum(dim=-1)
@@ -65,12 +66,8 @@ def gradient_over_logits(
         kernels().cross_entropy_gradient(logits, target, logsumexp, dloss, first=first)
         return
     ids = torch.arange(first, first + logits.shape[-1], device=logits.device)
-    softmax = (_wide(logits) - logsumexp[:, None]).exp()
+    softmax = (widen(logits) - logsumexp[:, None]).exp()
     logits.copy_((softmax - (ids == target[:, None]).to(softmax.dtype)) * dloss[:, None])
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _combine(shards: Tensor) -> tuple[Tensor, Tensor]:

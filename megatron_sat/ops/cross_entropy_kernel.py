@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_sat.ops.launch import cdiv, launch, power_of_2
+from megatron_sat.ops.precision import wide_dtype
 
 # Logits of a step: 16 for each thread of eight warps, two loads of 16 bytes in bfloat16. Few enough
 # registers for four programs on a processor, each of which has 8 KiB on their way.
@@ -70,8 +71,7 @@ def _gradient_kernel(logits, target, logsumexp, dloss, first, vocab, blocks, BLO
 def cross_entropy_statistics(logits: Tensor, target: Tensor, *, first: int) -> Tensor:
     """Triton form of `cross_entropy.shard_statistics`; `logits` and `target` are contiguous."""
     tokens, vocab = logits.shape
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    out = torch.empty(3, tokens, dtype=dtype, device=logits.device)
+    out = torch.empty(3, tokens, dtype=wide_dtype(logits), device=logits.device)
     if tokens:
         tile = {"BLOCK": min(_BLOCK, power_of_2(vocab))}
         numbers = (first, vocab, tokens)

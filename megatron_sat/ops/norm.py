@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sat.ops.backend import kernels, use_triton
+from megatron_sat.ops.precision import widen
 
 # Columns that a Triton program holds in registers; with fewer than the least its programs have too
 # little to read at a time, and PyTorch's kernel serves better.
@@ -54,9 +55,9 @@ def add_rms_norm_forward(
     if _takes_triton(x):
         return kernels().add_rms_norm_forward(x, residual, weight, eps)
     total = x if residual is None else x + residual
-    wide = _widen(total)
+    wide = widen(total)
     inverse = (wide.square().mean(dim=-1) + eps).rsqrt()
-    return (wide * inverse[..., None] * _widen(weight)).to(x.dtype), total, inverse
+    return (wide * inverse[..., None] * widen(weight)).to(x.dtype), total, inverse
 
 
 def add_rms_norm_backward(
@@ -66,9 +67,9 @@ def add_rms_norm_backward(
     the residual too, and of the weight."""
     if _takes_triton(total):
         return kernels().add_rms_norm_backward(dy, dtotal, total, inverse, weight)
-    unit, gradient = _widen(total) * inverse[..., None], _widen(dy)
+    unit, gradient = widen(total) * inverse[..., None], widen(dy)
     dweight = (gradient * unit).view(-1, weight.numel()).sum(dim=0)
-    gradient = gradient * _widen(weight)
+    gradient = gradient * widen(weight)
     dx = (gradient - unit * (gradient * unit).mean(dim=-1, keepdim=True)) * inverse[..., None]
     if dtotal is not None:
         dx = dx + dtotal
@@ -77,10 +78,6 @@ def add_rms_norm_backward(
 
 def _takes_triton(x: Tensor) -> bool:
     return use_triton(x) and x.numel() > 0 and x.shape[-1] <= _WIDEST
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _AddRMSNorm(torch.autograd.Function):

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_sat.ops.launch import launch, power_of_2
+from megatron_sat.ops.precision import wide_dtype
 
 # Warps of the backward pass on each multiprocessor: as many as its registers are enough for, so
 # that all programs run at once and the weight gradient's partial sums are few.
@@ -106,7 +107,7 @@ def add_rms_norm_forward(
     adds, residual = residual is not None, x if residual is None else residual.contiguous()
     y = torch.empty_like(x)
     total = torch.empty_like(x) if adds else x
-    inverse = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    inverse = x.new_empty(x.shape[:-1], dtype=wide_dtype(x))
     columns, block, warps = _sizes(x)
     launch(
         _forward_kernel,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sat.ops.backend import kernels, use_triton
+from megatron_sat.ops.precision import widen
 
 # Query [s, b, g, n/g, d], key and value [s, b, g, 1, d]; None: there is no value to write.
 Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -81,7 +82,7 @@ def rotate_into(
 
 
 def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    first, second = widen(x).chunk(2, dim=-1)
     cosine, sine = cosine[:, :, None, None], sine[:, :, None, None]
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sat.ops.backend import kernels, use_triton
+from megatron_sat.ops.precision import widen
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    gate, channels = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    gate, channels = widen(x).chunk(2, dim=-1)
     return gate, channels
 
 
