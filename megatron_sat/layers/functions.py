@@ -16,6 +16,7 @@ from megatron_sat.ops.linear import (
     column_input_grad,
     column_weight_grad,
 )
+from megatron_sat.ops.main_gradient import main_gradient_of
 
 
 class ColumnParallelSlicedLinear(torch.autograd.Function):
@@ -47,6 +48,7 @@ class ColumnParallelSlicedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, index)
         ctx.has_bias = bias is not None
+        ctx.main_gradient = main_gradient_of(weight)
         ctx.rows, ctx.unit, ctx.sections = rows, unit, sections
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         total = _gather_sequence(x, group) if sequence_parallel else x
@@ -77,7 +79,12 @@ class ColumnParallelSlicedLinear(torch.autograd.Function):
         weight_grad = bias_grad = None
         if ctx.needs_input_grad[1]:
             weight_grad = column_weight_grad(
-                dy2d, total.flatten(0, -2), index, rows=ctx.rows, **slicing
+                dy2d,
+                total.flatten(0, -2),
+                index,
+                rows=ctx.rows,
+                **slicing,
+                into=ctx.main_gradient,
             )
         if ctx.has_bias and ctx.needs_input_grad[2]:
             bias_grad = column_bias_grad(dy2d, index, rows=ctx.rows, **slicing)

@@ -46,7 +46,7 @@ def scatter_rows(
     """
     units = count_units("rows", rows, unit=unit, sections=sections)
     kept, columns = index.numel(), values.shape[1]
-    _check_length("values rows", values.shape[0], sections * kept * unit)
+    check_length("values rows", values.shape[0], sections * kept * unit)
     if kept == units and out is None:
         return values
     if out is None:
@@ -82,7 +82,7 @@ def scatter_columns(
     """
     units = count_units("columns", columns, unit=unit)
     rows, kept = values.shape[0], index.numel()
-    _check_length("values columns", values.shape[1], kept * unit)
+    check_length("values columns", values.shape[1], kept * unit)
     if kept == units and out is None:
         return values
     if out is None:
@@ -104,6 +104,7 @@ def count_units(name: str, size: int, *, unit: int, sections: int = 1) -> int:
     return size // (unit * sections)
 
 
-def _check_length(name: str, size: int, expected: int) -> None:
+def check_length(name: str, size: int, expected: int) -> None:
+    """ValueError unless `size` is `expected`."""
     if size != expected:
         raise ValueError(f"{name} must be {expected} for this index, got {size}")

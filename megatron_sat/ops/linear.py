@@ -4,7 +4,8 @@ Shapes: T tokens; `weight [out, in]` whole; k kept units; m = sections * k * uni
 (column-sliced: the output features are sliced) or m = k * unit kept columns (row-sliced: the
 input features are sliced). `index [k]`: see `gather_scatter`. With k = 0 a part returns zeros
 of the right shape without a GEMM. A weight gradient is whole, exactly zero for what was left
-out, and has the operands' dtype.
+out, and has the operands' dtype; or it is added to the weight's `MainGradient`, in its kept units
+alone, and nothing is returned.
 
 The parts take 2-D operands and read no size from a weight that is not also multiplied, so a
 caller whose parameter is partitioned (ZeRO-3) may use them with sizes from its configuration.
@@ -26,6 +27,7 @@ from megatron_sat.ops.gather_scatter import (
     scatter_columns,
     scatter_rows,
 )
+from megatron_sat.ops.main_gradient import MainGradient, main_gradient_of
 
 # A weight gradient is made in this many parts at most, of multiples of so many features.
 _MOST_PARTS, _ALIGNED = 8, 64
@@ -60,12 +62,23 @@ def column_input_grad(
 
 
 def column_weight_grad(
-    dy: Tensor, x: Tensor, index: Tensor, *, rows: int, unit: int = 1, sections: int = 1
-) -> Tensor:
-    """dweight [rows, in], of which the kept rows are dy [T, m].T @ x [T, in]."""
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    *,
+    rows: int,
+    unit: int = 1,
+    sections: int = 1,
+    into: MainGradient | None = None,
+) -> Tensor | None:
+    """dweight [rows, in], of which the kept rows are dy [T, m].T @ x [T, in]; None with `into`."""
+    layout: Any = {"unit": unit, "sections": sections}
+    if into is not None:
+        if index.numel():
+            into.add_rows(dy.t() @ x, index, **layout)
+        return None
     if index.numel() == 0:
         return x.new_zeros(rows, x.shape[1])
-    layout: Any = {"unit": unit, "sections": sections}
     width = _part(x.shape[1], dy.shape[1], rows, tokens=dy.shape[0])
     if width == x.shape[1]:
         return scatter_rows(dy.t() @ x, index, rows=rows, **layout)
@@ -99,8 +112,21 @@ def row_input_grad(dy: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1) 
     return dy @ gather_columns(weight, index, unit=unit)
 
 
-def row_weight_grad(dy: Tensor, x: Tensor, index: Tensor, *, columns: int, unit: int = 1) -> Tensor:
-    """dweight [out, columns], of which the kept columns are dy [T, out].T @ x [T, m]."""
+def row_weight_grad(
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    *,
+    columns: int,
+    unit: int = 1,
+    into: MainGradient | None = None,
+) -> Tensor | None:
+    """dweight [out, columns], of which the kept columns are dy [T, out].T @ x [T, m]; None with
+    `into`."""
+    if into is not None:
+        if index.numel():
+            into.add_columns(dy.t() @ x, index, unit=unit)
+        return None
     if index.numel() == 0:
         return dy.new_zeros(dy.shape[1], columns)
     width = _part(dy.shape[1], x.shape[1], columns, tokens=dy.shape[0])
@@ -151,6 +177,7 @@ class _ColumnSlicedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, index)
         ctx.rows, ctx.layout = weight.shape[0], {"unit": unit, "sections": sections}
+        ctx.main_gradient = main_gradient_of(weight)
         ctx.autocast = _autocast_of(x)
         y = column_forward(_tokens(x), weight, index, bias=bias, **ctx.layout)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -166,7 +193,9 @@ class _ColumnSlicedLinear(torch.autograd.Function):
             if needs_x:
                 dx = column_input_grad(dy, weight, index, **ctx.layout).view_as(x)
             if needs_weight:
-                dweight = column_weight_grad(dy, _tokens(x), index, rows=ctx.rows, **ctx.layout)
+                dweight = column_weight_grad(
+                    dy, _tokens(x), index, rows=ctx.rows, **ctx.layout, into=ctx.main_gradient
+                )
             if needs_bias:
                 dbias = column_bias_grad(dy, index, rows=ctx.rows, **ctx.layout)
         return dx, dweight, None, dbias, None, None
@@ -187,6 +216,7 @@ class _RowSlicedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, unit: int) -> Tensor:
         ctx.save_for_backward(x, weight, index)
         ctx.columns, ctx.unit = weight.shape[1], unit
+        ctx.main_gradient = main_gradient_of(weight)
         ctx.autocast = _autocast_of(x)
         y = row_forward(_tokens(x), weight, index, unit=unit)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -202,7 +232,14 @@ class _RowSlicedLinear(torch.autograd.Function):
             if needs_x:
                 dx = row_input_grad(dy, weight, index, unit=ctx.unit).view_as(x)
             if needs_weight:
-                dweight = row_weight_grad(dy, _tokens(x), index, columns=ctx.columns, unit=ctx.unit)
+                dweight = row_weight_grad(
+                    dy,
+                    _tokens(x),
+                    index,
+                    columns=ctx.columns,
+                    unit=ctx.unit,
+                    into=ctx.main_gradient,
+                )
         return dx, dweight, None, None
 
 

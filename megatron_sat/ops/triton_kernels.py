@@ -23,6 +23,7 @@ from megatron_sat.ops.cross_entropy_kernel import (
     cross_entropy_statistics,
 )
 from megatron_sat.ops.launch import cdiv, launch, tile_shape
+from megatron_sat.ops.main_gradient_kernel import add_columns, add_rows, add_whole
 from megatron_sat.ops.norm_kernel import add_rms_norm_backward, add_rms_norm_forward
 from megatron_sat.ops.rotary_kernel import rotate_into
 from megatron_sat.ops.score_kernel import block_dot, row_dot, row_norm
@@ -30,8 +31,11 @@ from megatron_sat.ops.swiglu_kernel import swiglu_backward, swiglu_forward
 from megatron_sat.ops.topk_kernel import top_units
 
 __all__ = [
+    "add_columns",
     "add_rms_norm_backward",
     "add_rms_norm_forward",
+    "add_rows",
+    "add_whole",
     "block_dot",
     "cross_entropy_gradient",
     "cross_entropy_statistics",

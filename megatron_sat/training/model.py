@@ -24,6 +24,7 @@ from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ModelParallelUnit, ranks_agree
 from megatron_sat.training.layer import LeafLayer
+from megatron_sat.training.main_gradients import add_where_made
 from megatron_sat.training.offloading import offloads_optimizer
 from megatron_sat.training.sub_groups import share_adam
 
@@ -332,6 +333,7 @@ def build_engine(
     if wrapped:
         optimizer.state.clear()
     share_adam(engine)
+    add_where_made(engine.optimizer)
     return engine
 
 

@@ -22,6 +22,7 @@ from megatron_sat.ops.gather_scatter import (
     scatter_columns,
     scatter_rows,
 )
+from megatron_sat.ops.main_gradient import MainGradient
 from megatron_sat.ops.topk import top_units
 
 pytestmark = [
@@ -87,6 +88,25 @@ def test_triton_gathers_and_scatters_equal_pytorch(
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_main_gradients_equal_pytorch(shape: tuple[int, int, int, int, int]) -> None:
+    unit, sections, units, kept, other = shape
+    index = draw(units, kept)
+    up = normal(sections * units * unit, other, dtype=torch.float32)
+    down = normal(other, units * unit, dtype=torch.float32)
+    rows, columns = normal(sections * kept * unit, other), normal(other, kept * unit)
+    results = []
+    for form in ("torch", "triton"):
+        a, b = MainGradient(up.clone()), MainGradient(down.clone())
+        with force_backend(form):
+            a.add_rows(rows, index, unit=unit, sections=sections)
+            b.add_columns(columns, index, unit=unit)
+            b.add(down.bfloat16())
+        results.append((a.total, b.total))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_a_weight_of_more_than_2_to_the_31_elements() -> None:
     rows, columns = 2**18 + 64, 2**13
     weight = torch.zeros(rows, columns, dtype=torch.bfloat16, device="cuda")
@@ -100,6 +120,11 @@ def test_a_weight_of_more_than_2_to_the_31_elements() -> None:
     kept = gather_columns(weight, last_column)
     assert kept[-1].item() == 1
     assert scatter_columns(kept, last_column, columns=columns)[-1, -1].item() == 1
+    main = MainGradient(weight)  # 4 GiB; of 2**31 elements and more whatever its type
+    main.add_rows(values, last)
+    main.add_columns(kept, last_column)
+    main.add(values.new_zeros(()).expand(rows, columns))
+    assert weight[-1, -1].item() == 3 and weight[-1, 0].item() == 2
 
 
 @pytest.mark.parametrize("shape", [(22016, 4096), (999, 1001), (7, 28672)])

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from megatron_sat.ops import (
     column_sliced_linear,
     cross_entropy_kernel,
+    main_gradient_kernel,
     norm_kernel,
     rotary_kernel,
     row_sliced_linear,
@@ -27,6 +28,7 @@ from megatron_sat.ops.cross_entropy import (
     shard_statistics,
     vocab_parallel_cross_entropy,
 )
+from megatron_sat.ops.main_gradient import MainGradient
 from megatron_sat.ops.norm import add_rms_norm
 from megatron_sat.ops.rotary import rotate, split_rotated
 from megatron_sat.ops.swiglu import swiglu
@@ -48,6 +50,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_ROW_TILE", "_COLUMN_TILE"):
         monkeypatch.setattr(triton_kernels, name, (128, 16))
     monkeypatch.setattr(score_kernel, "_REDUCE_TILE", (128, 16))
+    monkeypatch.setattr(main_gradient_kernel, "_TILE", (64, 16))
+    monkeypatch.setattr(main_gradient_kernel, "_BLOCK", 32)
 
 
 def indices(units: int) -> list[Tensor]:
@@ -87,6 +91,30 @@ def test_gathers_and_scatters_equal_the_pytorch_form(
             triton_kernels.scatter_columns(kept, index, torch.empty_like(row_weight), unit=unit),
             forms.scatter_columns(kept, index, columns=size, unit=unit),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_main_gradients_equal_the_pytorch_form(
+    layout: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    unit, sections, units, other = layout
+    up, down = torch.randn(sections * units * unit, other), torch.randn(other, units * unit)
+    for index in indices(units):
+        kept = len(index) * unit
+        rows = torch.randn(sections * kept, other).to(dtype)
+        columns = torch.randn(kept, other).t().to(dtype)  # need not be contiguous
+        sums = []
+        for form in ("triton", "torch"):
+            a, b = MainGradient(up.clone()), MainGradient(down.clone())
+            with force_backend(form):  # type: ignore[arg-type]
+                a.add_rows(rows, index, unit=unit, sections=sections)
+                b.add_columns(columns, index, unit=unit)
+                b.add(down.to(dtype))
+            sums.append((a.total, b.total))
+        for actual, expected in zip(*sums, strict=True):
+            assert_same(actual, expected)
+        assert len(index) == 0 or not torch.equal(sums[0][0], up)
 
 
 def test_columns_walk_down_several_tiles_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
