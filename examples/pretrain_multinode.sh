@@ -18,7 +18,8 @@ optional:
   MICRO_BATCH_SIZE  sequences of one forward pass on a GPU (default: 2)
   TENSOR_PARALLEL   GPUs that share a layer, within a node (default: 1); above 1 with sequence
                     parallelism
-  DEEPSPEED_CONFIG  default: examples/deepspeed_zero3.json
+  DEEPSPEED_CONFIG  default: examples/deepspeed_zero3.json; docs/training.md says which is faster where
+                    memory allows
   LAUNCHER          what starts the ranks (default: deepspeed), as "srun python", which needs no
                     HOSTFILE and no ssh
 
@@ -47,7 +48,7 @@ exec "${launcher[@]}" "$repository/pretrain_sat.py" \
     --micro-batch-size "${MICRO_BATCH_SIZE:-2}" --global-batch-size 1024 --train-iters 3000 \
     --lr 5e-5 --lr-decay-style cosine --lr-warmup-fraction 0.01 \
     --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 \
-    --bf16 --zero-stage 3 \
+    --bf16 \
     --deepspeed_config "${DEEPSPEED_CONFIG:-$repository/examples/deepspeed_zero3.json}" \
     --sat-omission-rate 0.5 --sat-decay-start-step 2000 --sat-ladder-rungs 5 \
     --sat-metric maxip --sat-selection sampling --sat-temperature 0.05 \

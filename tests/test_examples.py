@@ -135,6 +135,19 @@ def test_optional_variables_and_flags(launch, script, tmp_path):
         assert arguments[:3] == ["--quiet", "--num_gpus", "4"]
 
 
+@pytest.mark.parametrize("script", REQUIRED)
+@pytest.mark.parametrize(
+    ("name", "stage"), [("zero1", 1), ("zero3", 3), ("zero3_resident", 3), ("zero3_offload", 3)]
+)
+def test_every_json_goes_with_the_scripts(launch, script, name, stage):
+    chosen = str(EXAMPLES / f"deepspeed_{name}.json")
+    code, arguments, _ = launch(script, **VARIABLES, DEEPSPEED_CONFIG=chosen)
+    assert code == 0
+    config = parse_args(trainer_arguments(arguments), world_size=8)
+    assert build_deepspeed_config(config, world_size=8)["zero_optimization"]["stage"] == stage
+    assert config.parallel.zero_stage == stage
+
+
 def commands(page: Path) -> list[str]:
     """Lines of the shell blocks of a page, continuations joined."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)

@@ -13,7 +13,11 @@ from typing import Any
 from megatron_sat.bad_input import parse_json, reason, shorten
 from megatron_sat.training.config import ModelConfig, TrainingConfig
 from megatron_sat.training.deepspeed_fields import check_fields, json_value
-from megatron_sat.training.offloading import check_offloading, defaults_on_nvme
+from megatron_sat.training.offloading import (
+    check_offloading,
+    defaults_on_nvme,
+    offloads_optimizer,
+)
 
 # Sections whose work is done here by flags. DeepSpeed would act on some and ignore others.
 OWNED_SECTIONS = {
@@ -159,8 +163,8 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
     """The complete configuration for `deepspeed.initialize`: the user's JSON, filled.
 
     Non-finite gradients skip the step at every stage and precision except stage 0 in float32,
-    where DeepSpeed has no check. In bf16, stages 1 to 3 accumulate gradients in float32; at stage
-    0 DeepSpeed accumulates in bf16 only.
+    where DeepSpeed has no check. In bf16, stages 1 to 3 accumulate gradients in float32, where
+    there is more than one micro-batch; at stage 0 DeepSpeed accumulates in bf16 only.
 
     Raises:
         ValueError: a field is contradicted by `config`, is "auto" without a value to take, or is
@@ -188,7 +192,7 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
     for field, value in ours.items():
         settle(flags.get(field, "--global-batch-size"), value, result, field, None)
         _put(result, field, value, overwrite=True)
-    for field, value in _defaults(config).items():
+    for field, value in _defaults(config, result).items():
         _put(result, field, value, overwrite=False)
     _refuse_auto(result, "")
     for field in _CHECKS:
@@ -248,8 +252,8 @@ class _OneRank:
         return 1
 
 
-def _defaults(config: TrainingConfig) -> dict[str, Any]:
-    """What the user's JSON may say otherwise."""
+def _defaults(config: TrainingConfig, settled: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user's JSON may say otherwise; in `settled`, what is settled with the flags."""
     stage = config.parallel.zero_stage
     defaults: dict[str, Any] = {
         "zero_allow_untested_optimizer": True,
@@ -261,6 +265,13 @@ def _defaults(config: TrainingConfig) -> dict[str, Any]:
         defaults["bf16.check_grad_overflow"] = True
         if stage > 0:
             defaults["data_types.grad_accum_dtype"] = "fp32"
+        if (
+            stage == 3
+            and settled["gradient_accumulation_steps"] == 1
+            and not offloads_optimizer(settled)
+        ):
+            # Nothing is added up, so that this is the same to the bit, without two copies.
+            defaults["data_types.grad_accum_dtype"] = "bf16"
     if stage > 0:
         bucket = _bucket_elements(config.model, config.parallel.tensor_model_parallel_size)
         defaults |= {

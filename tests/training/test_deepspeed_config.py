@@ -47,6 +47,19 @@ def test_stage_3_and_float32_by_default(tmp_path):
     assert result["train_batch_size"] == 2
 
 
+ON_CPU = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("user", "global_batch", "dtype"), [({}, 2, "bf16"), ({}, 4, "fp32"), (ON_CPU, 2, "fp32")]
+)
+def test_gradients_are_added_up_in_float32_where_there_are_several(
+    tmp_path, user, global_batch, dtype
+):
+    flags = f"--bf16 --micro-batch-size 1 --global-batch-size {global_batch}"
+    assert build(tmp_path, user, *flags.split())["data_types"] == {"grad_accum_dtype": dtype}
+
+
 def test_json_fills_what_flags_leave_open(tmp_path):
     user = {
         "train_micro_batch_size_per_gpu": 4,

@@ -1,6 +1,8 @@
 """A run is the same at every ZeRO stage, and what ZeRO-3 needs of the layers holds."""
 
+import contextlib
 import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,6 +13,11 @@ from deepspeed.utils import get_z3_leaf_modules
 
 from megatron_sat.testing.training import run_training, tiny_run, train, train_on_ranks
 from megatron_sat.training.loop import Trainer
+from megatron_sat.training.metrics import METRICS_FILE, read_metrics
+from megatron_sat.training.stop import Stopped
+from megatron_sat.training.watch import local_part
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # Rate 0.5 up to step 8, 0.25 up to step 11, then dense; two micro-batches a step on each rank.
 SAT = (
@@ -47,6 +54,48 @@ def test_every_stage_gives_the_same_run(tmp_path, tiny_data, layout, stages):
         ):
             expected = of_kind(runs[0], kind, name)
             assert of_kind(run, kind, name) == pytest.approx(expected, rel=error)
+
+
+KEPT = {
+    "resident": json.loads((EXAMPLES / "deepspeed_zero3_resident.json").read_text()),
+    "until_backward": {
+        "zero_optimization": {
+            "stage3_max_live_parameters": 10**11,
+            "stage3_max_reuse_distance": 10**11,
+        }
+    },
+    "float32_sum": {"data_types": {"grad_accum_dtype": "fp32"}},
+}
+
+
+def parts_of_weights(argv: list[str]) -> list[torch.Tensor]:
+    """In the end, of a run that may be left after a save."""
+    with contextlib.suppress(Stopped):
+        return [local_part(p).clone() for p in train(argv).engine.module.parameters()]
+    return []
+
+
+def test_what_zero_3_keeps_changes_nothing(tmp_path, tiny_data):
+    """Weights whole through a step, or from forward to backward; one micro-batch's gradients in
+    bfloat16, which is our default. With an evaluation, a save and a resume on the way."""
+    flags = f"{SAT}--zero-stage 3 --bf16 --global-batch-size 4 --train-iters 8 --eval-interval 3 "
+    flags += "--save-interval 4 --auto-resume "
+
+    def run(name: str, more: str) -> tuple[list[float], list[list[torch.Tensor]]]:
+        save = tmp_path / name
+        parts = run_training(parts_of_weights, 2, tiny_run(tiny_data, flags + more, save=save))
+        return of_kind(read_metrics(save / METRICS_FILE), "train", "loss"), parts
+
+    losses, weights = run("plain", "")
+    assert len(losses) == 8
+    for name, deepspeed in KEPT.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(deepspeed))
+        run(name, f"--deepspeed_config {path} --exit-interval 4")
+        kept_losses, kept = run(name, f"--deepspeed_config {path}")
+        assert kept_losses == losses
+        for ours, theirs in zip(kept, weights, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def external_parameters_and_dropped_traces(argv: list[str]) -> tuple[int, list[int], int]:
