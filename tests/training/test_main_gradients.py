@@ -1,40 +1,59 @@
 """Gradients added up where they are made, at ZeRO stage 1 in bfloat16."""
 
+import contextlib
 from unittest import mock
 
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from megatron_sat.ops.main_gradient import MainGradient
 from megatron_sat.testing.training import run_training, tiny_run, train
 from megatron_sat.training import model
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
-# Rate 0.5 up to step 4, 0.25 up to step 6, then dense; two or four micro-batches a step.
+# Rate 0.5 up to step 4, 0.25 up to step 6, then dense; two micro-batches a step.
 FLAGS = (
     "--zero-stage 1 --bf16 --train-iters 8 --sat-omission-rate 0.5 --sat-total-steps 12 "
     "--sat-decay-start-step 4 --sat-ladder-rungs 2 --sat-channel-multiple 16 "
 )
 
 
-def weights_of(argv: list[str], where_made: bool) -> tuple[dict[str, torch.Tensor], int]:
-    """Of a run: the weights in the end, and how many gradients DeepSpeed itself added."""
-    added = 0
-    update = BF16_Optimizer._update_hp_grad
+def weights_of(argv: list[str], where_made: bool) -> tuple[dict[str, torch.Tensor], int, int]:
+    """Of a run: the weights in the end, how many gradients DeepSpeed itself added, and how many
+    were added in their kept units alone."""
+    by_deepspeed = in_parts = 0
+    update, rows, columns = (
+        BF16_Optimizer._update_hp_grad,
+        MainGradient.add_rows,
+        MainGradient.add_columns,
+    )
 
-    def count(self, parameter, *args):
-        nonlocal added
-        added += parameter.grad is not None
+    def count_update(self, parameter, *args):
+        nonlocal by_deepspeed
+        by_deepspeed += parameter.grad is not None
         update(self, parameter, *args)
 
-    with mock.patch.object(BF16_Optimizer, "_update_hp_grad", count):
-        if where_made:
-            trainer = train(argv)
-        else:
-            with mock.patch.object(model, "add_where_made"):
-                trainer = train(argv)
+    def count_part(add):
+        def counted(*args, **kwargs):
+            nonlocal in_parts
+            in_parts += 1
+            add(*args, **kwargs)
+
+        return counted
+
+    with contextlib.ExitStack() as patches:
+        for owner, name, new in (
+            (BF16_Optimizer, "_update_hp_grad", count_update),
+            (MainGradient, "add_rows", count_part(rows)),
+            (MainGradient, "add_columns", count_part(columns)),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, new))
+        if not where_made:
+            patches.enter_context(mock.patch.object(model, "add_where_made"))
+        trainer = train(argv)
     weights = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
-    return weights, added
+    return weights, by_deepspeed, in_parts
 
 
 @pytest.mark.parametrize(
@@ -53,6 +72,9 @@ def test_the_run_is_that_of_deepspeeds_own_sums(tmp_path, tiny_data, layout):
     assert logged[0] == logged[1]
     assert [rate for *_, rate in logged[0]] == [0.5] * 4 + [0.25] * 2 + [0.0] * 2
     assert all(norm > 1 for _, norm, _ in logged[0])  # so that gradients are clipped
-    for (ours, left), (theirs, added) in zip(*runs, strict=True):
+    # Of a layer's weights four are sliced at 0.5, and the MLP's two at 0.25.
+    sparse = (4 * 4 + 2 * 2) * 2 * 2  # micro-batches, layers
+    for (ours, left, parts), (theirs, added, none) in zip(*runs, strict=True):
         assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
         assert left == 0 < added
+        assert (parts, none) == (sparse, 0)
