@@ -16,7 +16,8 @@ from megatron_sat.ops.gather_scatter import check_length, count_units
 class MainGradient:
     """Adds to `total`, contiguous, of the parameter's shape; calls `added` each time.
 
-    Values may be of a narrower type than `total`, and are added in that of `total`.
+    Values may be of a narrower type than `total`, and are added in that of `total`. A tensor hook
+    on a parameter whose gradient is added before autograd sees it is called with None.
     """
 
     def __init__(self, total: Tensor, *, added: Callable[[], None] = lambda: None) -> None:
@@ -25,6 +26,8 @@ class MainGradient:
 
     def add(self, values: Tensor) -> None:
         """`values`: of the parameter's shape."""
+        if values.shape != self.total.shape:
+            raise ValueError(f"values must be {list(self.total.shape)}, got {list(values.shape)}")
         if use_triton(values):
             kernels().add_whole(self.total, values)
         else:
@@ -37,6 +40,7 @@ class MainGradient:
         units = count_units("rows", rows, unit=unit, sections=sections)
         kept = index.numel()
         check_length("values rows", values.shape[0], sections * kept * unit)
+        check_length("values columns", values.shape[1], columns)
         if kept == units:
             self.add(values)
             return
@@ -53,6 +57,7 @@ class MainGradient:
         units = count_units("columns", columns, unit=unit)
         kept = index.numel()
         check_length("values columns", values.shape[1], kept * unit)
+        check_length("values rows", values.shape[0], rows)
         if kept == units:
             self.add(values)
             return

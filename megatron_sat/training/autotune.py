@@ -36,6 +36,7 @@ from megatron_sat.training.autotune_layer import (
 from megatron_sat.training.checkpoint import StoredCheckpoint
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.initialize import ranks_agree, set_seeds
+from megatron_sat.training.main_gradients import adds_where_made
 
 # Counts tried: the multiples of these nearest to the exact count of a selection group, if they are
 # multiples of --sat-channel-multiple, and leave out at most this much more or less than the rate.
@@ -262,6 +263,7 @@ def _case(config: TrainingConfig) -> dict[str, Any]:
         "seq_length": config.model.seq_length,
         "micro_batches": micro_batches(config),
         "deepspeed": measured_deepspeed_config(config) if uses_deepspeed(config) else None,
+        "gradients_added_where_made": adds_where_made(config),
         "model": config.architecture(),
         "sat": {name: value for name, value in sat.items() if name != "seed"},
     }

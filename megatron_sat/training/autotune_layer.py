@@ -4,7 +4,8 @@ At stage 3 DeepSpeed gathers a layer's weights before it runs, frees them after 
 gradients. With small micro-batches that takes the host longer than the layer itself, and the GPU
 waits; and what is communicated slows the kernels beside it. All of it is the same dense and sparse,
 so that a layer which is faster sparse on its own may not be in the run. Below stage 3 nothing is
-done for each layer of a forward pass, and gradients go in a few buckets: one layer shows it all.
+done for each layer of a forward pass, and gradients go in a few buckets: one layer shows it all,
+with float32 sums of its gradients where the run adds them up as they are made.
 """
 
 import datetime
@@ -31,6 +32,7 @@ from megatron_sat.layers import get_gpt_block_sat_spec, get_gpt_layer_sat_spec
 from megatron_sat.state import SATState
 from megatron_sat.training.config import TrainingConfig
 from megatron_sat.training.deepspeed_config import NEVER, build_deepspeed_config
+from megatron_sat.training.main_gradients import KeptSum, adds_where_made
 from megatron_sat.training.model import (
     add_replicated_gradient_hooks,
     build_engine,
@@ -101,6 +103,9 @@ class BareLayer:
         )
         transformer = transformer_config(self.config)
         self.module = build_module(spec, config=transformer, layer_number=1).to(device).train()
+        if adds_where_made(self.config):
+            for parameter in self.module.parameters():
+                KeptSum(parameter, torch.zeros_like(parameter, dtype=torch.float32))
 
     def run(self, step: int) -> None:
         """A step's micro-batches, forward and backward."""

@@ -265,12 +265,8 @@ def _defaults(config: TrainingConfig, settled: Mapping[str, Any]) -> dict[str, A
         defaults["bf16.check_grad_overflow"] = True
         if stage > 0:
             defaults["data_types.grad_accum_dtype"] = "fp32"
-        if (
-            stage == 3
-            and settled["gradient_accumulation_steps"] == 1
-            and not offloads_optimizer(settled)
-        ):
-            # Nothing is added up, so that this is the same to the bit, without two copies.
+        if stage == 3 and _keeps_one_gradient(settled):
+            # The same to the bit, without two copies.
             defaults["data_types.grad_accum_dtype"] = "bf16"
     if stage > 0:
         bucket = _bucket_elements(config.model, config.parallel.tensor_model_parallel_size)
@@ -296,6 +292,16 @@ def _defaults(config: TrainingConfig, settled: Mapping[str, Any]) -> dict[str, A
         }
         defaults |= defaults_on_nvme(config.deepspeed_config)
     return defaults
+
+
+def _keeps_one_gradient(settled: Mapping[str, Any]) -> bool:
+    """Whether each step's gradient is that of one micro-batch, as bfloat16 messages bring it."""
+    return (
+        settled["gradient_accumulation_steps"] == 1
+        and not offloads_optimizer(settled)
+        and json_value(settled, "communication_data_type") is None
+        and not json_value(settled, "zero_optimization.zero_quantized_gradients")
+    )
 
 
 def _bucket_elements(model: ModelConfig, tensor_parallel: int) -> int:

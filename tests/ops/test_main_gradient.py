@@ -68,3 +68,9 @@ def test_values_must_fit_the_index():
         main.add_rows(torch.zeros(3, 8), index, unit=2)
     with pytest.raises(ValueError, match="values columns must be 4 for this index, got 8"):
         main.add_columns(torch.zeros(6, 8), index, unit=2)
+    with pytest.raises(ValueError, match="values columns must be 8 for this index, got 9"):
+        main.add_rows(torch.zeros(4, 9), index, unit=2)
+    with pytest.raises(ValueError, match="values rows must be 6 for this index, got 5"):
+        main.add_columns(torch.zeros(5, 4), index, unit=2)
+    with pytest.raises(ValueError, match=r"values must be \[6, 8\], got \[8\]"):
+        main.add(torch.zeros(8))

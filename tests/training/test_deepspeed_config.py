@@ -51,9 +51,15 @@ ON_CPU = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 @pytest.mark.parametrize(
-    ("user", "global_batch", "dtype"), [({}, 2, "bf16"), ({}, 4, "fp32"), (ON_CPU, 2, "fp32")]
+    ("user", "global_batch", "dtype"),
+    [
+        ({}, 2, "bf16"),
+        ({}, 4, "fp32"),
+        (ON_CPU, 2, "fp32"),
+        ({"communication_data_type": "fp32"}, 2, "fp32"),
+    ],
 )
-def test_gradients_are_added_up_in_float32_where_there_are_several(
+def test_gradients_are_kept_in_float32_where_that_makes_a_difference(
     tmp_path, user, global_batch, dtype
 ):
     flags = f"--bf16 --micro-batch-size 1 --global-batch-size {global_batch}"

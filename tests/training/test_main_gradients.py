@@ -6,10 +6,13 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from megatron.core import parallel_state
 
 from megatron_sat.ops.main_gradient import MainGradient
 from megatron_sat.testing.training import run_training, tiny_run, train
 from megatron_sat.training import model
+from megatron_sat.training.autotune_layer import measured_layer
+from megatron_sat.training.initialize import initialize, start
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
 # Rate 0.5 up to step 4, 0.25 up to step 6, then dense; two micro-batches a step.
@@ -52,7 +55,11 @@ def weights_of(argv: list[str], where_made: bool) -> tuple[dict[str, torch.Tenso
         if not where_made:
             patches.enter_context(mock.patch.object(model, "add_where_made"))
         trainer = train(argv)
-    weights = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
+    parameters = dict(trainer.engine.module.named_parameters())
+    # The engine is destroyed: gradients are the parameters' own again.
+    sum(p.float().square().sum() for p in parameters.values()).backward()
+    assert all(p.grad is not None for p in parameters.values())
+    weights = {name: p.detach().clone() for name, p in parameters.items()}
     return weights, by_deepspeed, in_parts
 
 
@@ -78,3 +85,28 @@ def test_the_run_is_that_of_deepspeeds_own_sums(tmp_path, tiny_data, layout):
         assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
         assert left == 0 < added
         assert (parts, none) == (sparse, 0)
+
+
+def sums_of_a_measured_step(argv: list[str]) -> list[bool]:
+    """By weight of a measured layer: that its gradients are in a float32 sum alone."""
+    parallel_state.destroy_model_parallel()
+    config = start(argv)
+    initialize(config)
+    layer = measured_layer(config)
+    layer.state.set_kept_counts({0.5: {"attention": 4, "mlp": 64}})
+    layer.run(1)
+    return [
+        p.grad is None and p.main_gradient.total.dtype == torch.float32
+        if hasattr(p, "main_gradient")
+        else False
+        for p in layer.module.parameters()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("--zero-stage 1", True), ("--zero-stage 2", False)]
+)
+def test_autotune_measures_a_layer_as_it_runs(tiny_data, flags, expected):
+    argv = tiny_run(tiny_data, f"{FLAGS}{flags} --sat-autotune")
+    (sums,) = run_training(sums_of_a_measured_step, 1, argv)
+    assert len(sums) == 6 and set(sums) == {expected}
