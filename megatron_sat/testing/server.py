@@ -37,9 +37,9 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import groups as deepspeed_groups
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel  # noqa: F401  (imported here once, for all ranks)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+import megatron_sat.training.run  # noqa: F401  (imported here once, for all ranks)
 from megatron_sat.cpu import enable_cpu_path, leave_all_reduce_to_gloo, set_local_size
 
 SEED = 1234

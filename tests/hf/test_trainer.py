@@ -224,8 +224,9 @@ def test_mixed_precision(tmp_path: Path, llama: Path) -> None:
     assert logged(sparse) != logged(masked)
 
 
-def test_torch_compile(tmp_path: Path) -> None:
+def test_torch_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the Trainer, and of a model that is compiled already. One layer, for the time it takes."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     llama = tmp_path / "model"
     build_model("llama3", changes={"num_hidden_layers": 1}).save_pretrained(llama)
     options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
