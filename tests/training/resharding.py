@@ -12,8 +12,11 @@ from megatron_sat.training.loop import Trainer
 from tests.training.offloading import plain_offloading
 
 # Grouped queries with norms, tied embeddings, and a vocabulary that is padded to 132 rows at one
-# tensor-parallel rank and to 136 at two. Four micro-batches a step on each rank.
-MODEL = "--vocab-size 130 --make-vocab-size-divisible-by 4 --qk-layernorm --micro-batch-size 1 "
+# tensor-parallel rank and to 136 at two. Two micro-batches a step on each of two ranks.
+MODEL = (
+    "--vocab-size 130 --make-vocab-size-divisible-by 4 --qk-layernorm --micro-batch-size 1 "
+    "--global-batch-size 4 "
+)
 TENSOR_PARALLEL = "--tensor-model-parallel-size 2 --micro-batch-size 2 "
 
 

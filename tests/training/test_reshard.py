@@ -27,10 +27,10 @@ from tests.training.resharding import (
     training,
 )
 
-# Rungs end after steps 12, 15, 21 and 34: the ladder is in progress in all that follows.
+# Rungs end after steps 6, 7, 10 and 17: the ladder is in progress in all that follows.
 SAT = (
-    "--train-iters 28 --lr 0.003 --lr-decay-iters 60 --sat-omission-rate 0.5 --sat-total-steps 60 "
-    "--sat-decay-start-step 12 --sat-ladder-rungs 4 --sat-channel-multiple 16 --eval-interval 8 "
+    "--train-iters 14 --lr 0.006 --lr-decay-iters 30 --sat-omission-rate 0.5 --sat-total-steps 30 "
+    "--sat-decay-start-step 6 --sat-ladder-rungs 4 --sat-channel-multiple 16 --eval-interval 4 "
 )
 SHORT = (
     "--lr 0.003 --lr-warmup-iters 0 --lr-decay-style constant --lr-decay-iters 9 --eval-iters 0 "
@@ -39,11 +39,11 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def at_once(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> dict[str, Path]:
-    """The save folders of uninterrupted runs by layout, with checkpoints of step 8."""
+    """The save folders of uninterrupted runs by layout, with checkpoints of step 4."""
     folders = {}
     for name, layout in (("DP 2 x TP 1", ""), ("DP 1 x TP 2", TENSOR_PARALLEL)):
         folders[name] = tmp_path_factory.mktemp("at-once")
-        flags = f"{SAT}{layout}--save-interval 8"
+        flags = f"{SAT}{layout}--save-interval 4"
         train_on_ranks(run_flags(tiny_data, flags, save=folders[name]), 2)
     return folders
 
@@ -56,14 +56,14 @@ def test_the_curve_goes_on_and_comes_back(
 ) -> None:
     reference = metrics(at_once[start])
     back = TENSOR_PARALLEL if layout == "" else ""
-    # 20 steps in the other layout; then from its step 16 on in that of the start again.
-    flags = f"{SAT}{layout}--load {at_once[start]} --ckpt-step 8 --save-interval 16 "
+    # 10 steps in the other layout; then from its step 8 on in that of the start again.
+    flags = f"{SAT}{layout}--load {at_once[start]} --ckpt-step 4 --save-interval 8 "
     lines = train_on_ranks(run_flags(tiny_data, flags, save=tmp_path / "on"), 2)
-    flags = f"{SAT}{back}--load {tmp_path / 'on'} --ckpt-step 16 --save-hf {tmp_path / 'live'} "
+    flags = f"{SAT}{back}--load {tmp_path / 'on'} --ckpt-step 8 --save-hf {tmp_path / 'live'} "
     returned = train_on_ranks(run_flags(tiny_data, flags, save=tmp_path / "on"), 2)
-    for run, first in ((training(lines), 9), (training(returned, after=16), 17)):
+    for run, first in ((training(lines), 5), (training(returned, after=8), 9)):
         expected = training(reference, after=first - 1)
-        assert [line["iteration"] for line in run] == list(range(first, 29))
+        assert [line["iteration"] for line in run] == list(range(first, 15))
         assert len({line["omission_rate"] for line in run}) >= 2
         for name in ("lr", "omission_rate", "effective_omission_rate", "tokens", "skipped_steps"):
             assert [line[name] for line in run] == [line[name] for line in expected]
@@ -71,13 +71,13 @@ def test_the_curve_goes_on_and_comes_back(
         assert difference(run, expected) < 1e-3
         pairs = zip(run, expected, strict=True)
         assert sum(a["selection_checksum"] != b["selection_checksum"] for a, b in pairs) <= 1
-    # The return has put its checkpoint of step 28 in the place of the other layout's.
+    # The return has put its checkpoint of step 14 in the place of the other layout's.
     offline = convert(find_checkpoint(str(tmp_path / "on")), tmp_path / "offline")
     exported = load_file(tmp_path / "live" / "model.safetensors")
     for name, tensor in load_file(offline / "model.safetensors").items():
         assert torch.equal(tensor, exported[name]), name
     # Large enough a change that a run on the wrong weights, moments or data would show.
-    assert expected[-1]["loss"] < training(reference)[8]["loss"] - 0.5
+    assert expected[-1]["loss"] < training(reference)[4]["loss"] - 0.5
 
 
 OTHER_MODULES = "--add-bias-linear --no-swiglu --normalization LayerNorm"
@@ -173,10 +173,10 @@ def test_the_log_says_what_changes_and_the_model_is_the_same(
 ) -> None:
     save = at_once["DP 2 x TP 1"]
     world_size, flags, layout, samples = CHANGES[change]
-    argv = run_flags(tiny_data, f"{SAT}--load {save} --ckpt-step 8 {flags}")
+    argv = run_flags(tiny_data, f"{SAT}--load {save} --ckpt-step 4 {flags}")
     output, (loss,) = run_training(before_the_first_step, world_size, argv)[0]
     expected = [line for line in metrics(save) if line["kind"] == "eval"]
-    assert [line["iteration"] for line in expected][:2] == [0, 8]
+    assert [line["iteration"] for line in expected][:2] == [0, 4]
     assert loss == pytest.approx(expected[1]["validation_loss"], rel=1e-5)
     lines = output.splitlines()
     said = [line for line in lines if "resharding" in line]
@@ -226,37 +226,47 @@ def test_two_by_two_ranks_go_on_from_four_by_one_and_back(
     assert reference[5]["loss"] < reference[2]["loss"] - 0.1
 
 
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The save folder of a run of six steps at ZeRO-3, with a checkpoint of step 2."""
+    save = tmp_path_factory.mktemp("six-steps")
+    flags = f"{SHORT}--train-iters 6 --save-interval 2 "
+    train_on_ranks(run_flags(tiny_data, flags, save=save), 2)
+    return save
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_states_move_to_the_cpu_and_back(tmp_path: Path, tiny_data: Path, stage: int) -> None:
+def test_states_move_to_the_cpu_and_back(
+    six_steps: Path, tmp_path: Path, tiny_data: Path, stage: int
+) -> None:
     settings = tmp_path / "offload.json"
     settings.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
     offload = f"--deepspeed_config {settings} --zero-stage {stage} "
     flags = f"{SHORT}--train-iters 6 --save-interval 2 "
-    saves = [tmp_path / name for name in ("first", "there", "back")]
-    reference = training(train_on_ranks(run_flags(tiny_data, flags, save=saves[0]), 2))
-    there = f"{flags}{offload}{TENSOR_PARALLEL}--load {saves[0]} --ckpt-step 2"
-    run_training(train_offloaded, 2, run_flags(tiny_data, there, save=saves[1]))
-    back = f"{flags}--load {saves[1]} --ckpt-step 4"
-    train_on_ranks(run_flags(tiny_data, back, save=saves[2]), 2)
-    for save, first in ((saves[1], 2), (saves[2], 4)):
+    reference = training(metrics(six_steps))
+    saves = [tmp_path / name for name in ("there", "back")]
+    there = f"{flags}{offload}{TENSOR_PARALLEL}--load {six_steps} --ckpt-step 2"
+    run_training(train_offloaded, 2, run_flags(tiny_data, there, save=saves[0]))
+    back = f"{flags}--load {saves[0]} --ckpt-step 4"
+    train_on_ranks(run_flags(tiny_data, back, save=saves[1]), 2)
+    for save, first in zip(saves, (2, 4), strict=True):
         assert difference(training(metrics(save)), reference[first:]) < 1e-4
 
 
-@pytest.mark.parametrize("dealt", ["first", "on"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_groups_dealt_out_to_the_ranks_keep_their_order(
-    tmp_path: Path, tiny_data: Path, stage: int, dealt: str
+    tmp_path: Path, tiny_data: Path, stage: int
 ) -> None:
     settings = tmp_path / "round_robin.json"
     settings.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
-    flags = f"{SHORT}--train-iters 4 --save-interval 2 --zero-stage {stage} "
-    saves = {name: tmp_path / name for name in ("first", "on")}
-    extra = {name: f"--deepspeed_config {settings} " if name == dealt else "" for name in saves}
-    argv = run_flags(tiny_data, flags + extra["first"], save=saves["first"])
-    reference = training(train_on_ranks(argv, 2), after=2)
-    there = f"{flags}{extra['on']}--load {saves['first']} --ckpt-step 2"
-    on = run_flags(tiny_data, there, save=saves["on"])
-    assert difference(training(train_on_ranks(on, 2)), reference) < 1e-5
+    flags = f"{SHORT}--train-iters 6 --save-interval 2 --zero-stage {stage} "
+    saves = [tmp_path / name for name in ("first", "dealt", "back")]
+    reference = training(train_on_ranks(run_flags(tiny_data, flags, save=saves[0]), 2))
+    dealt = f"{flags}--train-iters 4 --deepspeed_config {settings} --load {saves[0]} --ckpt-step 2"
+    run = training(train_on_ranks(run_flags(tiny_data, dealt, save=saves[1]), 2))
+    assert difference(run, reference[2:4]) < 1e-5
+    back = run_flags(tiny_data, f"{flags}--load {saves[1]}", save=saves[2])
+    assert difference(training(train_on_ranks(back, 2)), reference[4:]) < 1e-5
 
 
 def smallest_share(argv: list[str]) -> tuple[int, int]:

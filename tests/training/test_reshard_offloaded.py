@@ -29,10 +29,9 @@ from tests.training.resharding import (
 
 # Sub-groups and matrices of more than the megabyte from which on DeepSpeed uses NVMe, and of less.
 RUN = (
-    "--vocab-size 136 --ffn-hidden-size 4096 --lr 0.003 --lr-decay-iters 60 --eval-iters 0 "
-    "--global-batch-size 4 "
-    "--sat-omission-rate 0.5 --sat-total-steps 60 --sat-decay-start-step 12 "
-    "--sat-channel-multiple 16 --train-iters 24 "
+    "--vocab-size 136 --ffn-hidden-size 4096 --lr 0.006 --lr-decay-iters 30 --eval-iters 0 "
+    "--sat-omission-rate 0.5 --sat-total-steps 30 --sat-decay-start-step 6 "
+    "--sat-channel-multiple 16 --train-iters 12 "
 )
 # There, a matrix of a megabyte has twice as many entries.
 BFLOAT16 = f"{RUN}--bf16 --ffn-hidden-size 8192 --lr-warmup-iters 0 "
@@ -73,24 +72,24 @@ def test_the_curve_goes_on_in_another_place_and_comes_back(
     saves = [tmp_path / name for name in ("there", "again", "back")]
     reference = training(metrics(at_once))
 
-    argv = run_flags(tiny_data, f"{there}{at_once} --ckpt-step 4 --save-interval 8", save=saves[0])
+    argv = run_flags(tiny_data, f"{there}{at_once} --ckpt-step 4 --save-interval 4", save=saves[0])
     run_training(train_offloaded, 2, argv, device=SECOND)
     run = training(metrics(saves[0]))
-    assert [line["iteration"] for line in run] == list(range(5, 25))
+    assert [line["iteration"] for line in run] == list(range(5, 13))
     assert difference(run, reference[4:]) < 1e-3
 
     # In the same place again, from the same step: not a bit is another.
-    later = "--async-save --train-iters 20"
-    argv = run_flags(tiny_data, f"{there}{saves[0]} --ckpt-step 16 {later}", save=saves[1])
+    later = "--async-save --train-iters 10"
+    argv = run_flags(tiny_data, f"{there}{saves[0]} --ckpt-step 8 {later}", save=saves[1])
     run_training(train_offloaded, 2, argv, device=SECOND)
     for name in ("loss", "grad_norm", "selection_checksum"):
         again = [line[name] for line in training(metrics(saves[1]))]
-        assert again == [line[name] for line in run[12:16]], name
+        assert again == [line[name] for line in run[4:6]], name
 
-    argv = run_flags(tiny_data, f"{RUN}--load {saves[0]} --ckpt-step 16", save=saves[2])
-    assert difference(training(train_on_ranks(argv, 2)), reference[16:]) < 1e-3
+    argv = run_flags(tiny_data, f"{RUN}--load {saves[0]} --ckpt-step 8", save=saves[2])
+    assert difference(training(train_on_ranks(argv, 2)), reference[8:]) < 1e-3
     # Large enough a change that a run on the wrong weights, moments or data would show.
-    assert reference[16]["loss"] < reference[4]["loss"] - 0.5
+    assert reference[8]["loss"] < reference[4]["loss"] - 0.5
 
 
 def states(save: Path, iteration: int, *, steps: int) -> dict[tuple[str, str], torch.Tensor]:
