@@ -21,10 +21,10 @@ from megatron_sat.testing.training import (
 from megatron_sat.training.loop import Trainer
 from megatron_sat.training.metrics import METRICS_FILE, read_metrics
 
-# The rate falls from 0.5 to 0.25 after step 12, and to 0 after step 15.
+# The rate falls from 0.5 to 0.25 after step 6, and to 0 after step 8.
 SAT = (
-    "--train-iters 20 --sat-omission-rate 0.5 --sat-total-steps 24 --sat-decay-start-step 12 "
-    "--sat-ladder-rungs 2 --sat-channel-multiple 16 "
+    "--train-iters 10 --sat-omission-rate 0.5 --sat-total-steps 14 --sat-decay-start-step 6 "
+    "--sat-ladder-rungs 2 --sat-channel-multiple 16 --eval-interval 5 "
 )
 MEASURED = {
     "step_time_ms",
@@ -53,13 +53,13 @@ def killed_after(argv: list[str], *, step: int) -> None:
 
 
 def run_killed_and_resumed(argv: list[str], save: Path, world_size: int) -> list[dict]:
-    """The lines of a run that saves after step 10, dies after step 13, and goes on in new
+    """The lines of a run that saves after step 5, dies after step 7, and goes on in new
     processes."""
-    first = [*argv, "--save", str(save), "--save-interval", "10"]
+    first = [*argv, "--save", str(save), "--save-interval", "5"]
     with pytest.raises(RankError, match="its process died"):
-        run_training(killed_after, world_size, first, step=13)
-    assert (save / "latest").read_text() == "global_step10"
-    assert read_metrics(save / METRICS_FILE)[-1]["iteration"] == 12
+        run_training(killed_after, world_size, first, step=7)
+    assert (save / "latest").read_text() == "global_step5"
+    assert read_metrics(save / METRICS_FILE)[-1]["iteration"] == 6
     return train_on_ranks([*first, "--load", str(save)], world_size)
 
 
@@ -87,19 +87,19 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, tiny_data, ca
     resumed = run_killed_and_resumed(argv, tmp_path / "resumed", world_size)
     assert reproducible(resumed) == reproducible(at_once)
     training = [line for line in at_once if line["kind"] == "train"]
-    assert [line["iteration"] for line in training] == list(range(1, 21))
-    rates = [0.5] * 12 + [0.25] * 3 + [0.0] * 5
+    assert [line["iteration"] for line in training] == list(range(1, 11))
+    rates = [0.5] * 6 + [0.25] * 2 + [0.0] * 2
     assert [line["omission_rate"] for line in training] == rates
-    assert [line["iteration"] for line in at_once if line["kind"] == "eval"] == [0, 10, 20]
+    assert [line["iteration"] for line in at_once if line["kind"] == "eval"] == [0, 5, 10]
     checksums = {line["selection_checksum"] for line in training}
-    assert len(checksums) == (3 if "static" in case else 16)
+    assert len(checksums) == (3 if "static" in case else 9)
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path, tiny_data):
-    argv = tiny_run(tiny_data, SAT + DETERMINISTIC + "--lr-decay-iters 20 ")
+    argv = tiny_run(tiny_data, SAT + DETERMINISTIC + "--lr-decay-iters 10 ")
     at_once = train_on_ranks([*argv, "--save", str(tmp_path / "at once")], 1)
     argv += ["--save", str(tmp_path / "in two")]
-    half = train_on_ranks([*argv, "--train-iters", "10"], 1)
+    half = train_on_ranks([*argv, "--train-iters", "5"], 1)
     assert reproducible(half) == reproducible(at_once)[: len(half)]
     whole = train_on_ranks([*argv, "--load", str(tmp_path / "in two")], 1)
     assert reproducible(whole) == reproducible(at_once)
