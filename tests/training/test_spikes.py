@@ -105,8 +105,15 @@ def behind_the_spike(argv: list[str], iteration: int) -> str:
     return str([int(bit_hash(tensor)) for tensor in everything(engine)])
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny_data):
+    """The lines of a run without a spike: those of training."""
+    argv = tiny_run(tiny_data, SPIKES + "--zero-stage 0", save=tmp_path_factory.mktemp("straight"))
+    return [line for line in train_on_ranks(argv, 2) if "lr" in line]
+
+
 @pytest.mark.parametrize("stage", ["0", "2", "3 --bf16"])
-def test_a_rollback_goes_on_behind_the_spike(tmp_path, tiny_data, stage):
+def test_a_rollback_goes_on_behind_the_spike(tmp_path, tiny_data, straight, stage):
     flags = SPIKES + DETERMINISTIC + f"--zero-stage {stage} "
     argv = tiny_run(tiny_data, flags + "--rollback-on-spike", save=tmp_path / "save")
     both = run_training(jump, 2, argv, steps=(18,))
@@ -121,9 +128,8 @@ def test_a_rollback_goes_on_behind_the_spike(tmp_path, tiny_data, stage):
     assert [messages[-1] for messages in both] == expected
     names = ("iteration", "lr", "tokens")
     lines = lines_of(tmp_path / "save", "train")
-    straight = tiny_run(tiny_data, flags, save=tmp_path / "straight")
     assert [tuple(line[n] for n in names) for line in lines] == [
-        tuple(line[n] for n in names) for line in train_on_ranks(straight, 2) if "lr" in line
+        tuple(line[n] for n in names) for line in straight
     ]
     # Resumed behind it, the run is the same; the event stays in the file.
     resumed = run_training(jump, 2, [*argv, *f"--load {tmp_path}/save --ckpt-step 20".split()], ())
