@@ -14,8 +14,8 @@ optional:
   VALID             validation sets: "old=PREFIX new=PREFIX" (default: a share of DATA)
   LOAD              folder of an earlier run of this trainer to start from (default: random weights)
   MICRO_BATCH_SIZE  sequences of one forward pass on a GPU (default: 2)
-  DEEPSPEED_CONFIG  default: examples/deepspeed_zero3.json; docs/training.md says which is faster where
-                    memory allows
+  DEEPSPEED_CONFIG  default: examples/deepspeed_zero3.json; docs/training.md says which others are
+                    faster, and what they need
   GPUS              default: 8
   LAUNCHER          what starts the ranks (default: deepspeed on GPUS devices), as "srun python"
 

@@ -18,8 +18,8 @@ optional:
   MICRO_BATCH_SIZE  sequences of one forward pass on a GPU (default: 2)
   TENSOR_PARALLEL   GPUs that share a layer, within a node (default: 1); above 1 with sequence
                     parallelism
-  DEEPSPEED_CONFIG  default: examples/deepspeed_zero3.json; docs/training.md says which is faster where
-                    memory allows
+  DEEPSPEED_CONFIG  default: examples/deepspeed_zero3.json; docs/training.md says which others are
+                    faster, and what they need
   LAUNCHER          what starts the ranks (default: deepspeed), as "srun python", which needs no
                     HOSTFILE and no ssh
 

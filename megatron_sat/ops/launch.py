@@ -85,3 +85,12 @@ def tile_shape(columns: int, limits: tuple[int, int]) -> tuple[int, int]:
     elements, widest = limits
     block_columns = min(widest, power_of_2(columns))
     return min(elements // block_columns, 64), block_columns
+
+
+def matrix_tiles(
+    rows: int, columns: int, limits: tuple[int, int]
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid over a matrix, and the shape of its tiles: BLOCK_ROWS and BLOCK_COLUMNS."""
+    block_rows, block_columns = tile_shape(columns, limits)
+    grid = (cdiv(rows, block_rows), cdiv(columns, block_columns))
+    return grid, {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}

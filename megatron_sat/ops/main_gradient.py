@@ -48,7 +48,7 @@ class MainGradient:
             kernels().add_rows(self.total, values, index, unit=unit, sections=sections)
         else:
             blocks = self.total.view(sections, units, unit, columns)
-            blocks[:, index] += values.view(sections, kept, unit, columns)
+            blocks[:, index] += values.reshape(sections, kept, unit, columns)
         self._added()
 
     def add_columns(self, values: Tensor, index: Tensor, *, unit: int = 1) -> None:

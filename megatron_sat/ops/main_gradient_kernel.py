@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_sat.ops.launch import cdiv, launch, tile_shape
+from megatron_sat.ops.launch import cdiv, launch, matrix_tiles
 
 # Elements of a program of the first kernel: eight for each thread of four warps.
 _BLOCK = 1024
@@ -94,7 +94,7 @@ def add_rows(total: Tensor, values: Tensor, index: Tensor, *, unit: int, section
     values = values.contiguous()
     rows, columns = total.shape
     if values.numel():
-        grid, tile = _tiles(values)
+        grid, tile = matrix_tiles(values.shape[0], values.shape[1], _TILE)
         numbers = (values.shape[0], columns, index.numel(), rows // (sections * unit), unit)
         launch(_add_rows_kernel, grid, (total, values, index), numbers, tile)
 
@@ -104,14 +104,6 @@ def add_columns(total: Tensor, values: Tensor, index: Tensor, *, unit: int) -> N
     values = values.contiguous()
     rows, columns = total.shape
     if values.numel():
-        grid, tile = _tiles(values)
+        grid, tile = matrix_tiles(values.shape[0], values.shape[1], _TILE)
         numbers = (rows, columns, values.shape[1], unit)
         launch(_add_columns_kernel, grid, (total, values, index), numbers, tile)
-
-
-def _tiles(values: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid, and tile shape."""
-    rows, columns = values.shape
-    block_rows, block_columns = tile_shape(columns, _TILE)
-    grid = (cdiv(rows, block_rows), cdiv(columns, block_columns))
-    return grid, {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}

@@ -22,7 +22,7 @@ from megatron_sat.ops.cross_entropy_kernel import (
     cross_entropy_gradient,
     cross_entropy_statistics,
 )
-from megatron_sat.ops.launch import cdiv, launch, tile_shape
+from megatron_sat.ops.launch import cdiv, launch, matrix_tiles, tile_shape
 from megatron_sat.ops.main_gradient_kernel import add_columns, add_rows, add_whole
 from megatron_sat.ops.norm_kernel import add_rms_norm_backward, add_rms_norm_forward
 from megatron_sat.ops.rotary_kernel import rotate_into
@@ -193,7 +193,7 @@ def gather_rows(weight: Tensor, index: Tensor, *, unit: int, sections: int) -> T
     kept = index.numel()
     out = weight.new_empty(sections * kept * unit, columns)
     if out.numel():
-        grid, tile = _row_tiles(out.shape[0], columns)
+        grid, tile = matrix_tiles(out.shape[0], columns, _ROW_TILE)
         numbers = (out.shape[0], columns, kept, rows // (sections * unit), unit)
         launch(_gather_rows_kernel, grid, (out, weight, index), numbers, tile)
     return out
@@ -204,7 +204,7 @@ def scatter_rows(values: Tensor, index: Tensor, out: Tensor, *, unit: int, secti
     values = values.contiguous()
     kept, (rows, columns) = index.numel(), out.shape
     if out.numel():
-        grid, tile = _row_tiles(rows, columns)
+        grid, tile = matrix_tiles(rows, columns, _ROW_TILE)
         units = rows // (sections * unit)
         numbers = (rows, columns, out.stride(0), kept, _half(kept), units, unit)
         launch(_scatter_rows_kernel, grid, (out, values, index), numbers, tile)
@@ -232,13 +232,6 @@ def scatter_columns(values: Tensor, index: Tensor, out: Tensor, *, unit: int) ->
         numbers = (rows, columns, kept, _half(kept), unit, row_tiles)
         launch(_scatter_columns_kernel, grid, (out, values, index), numbers, tile)
     return out
-
-
-def _row_tiles(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid, and tile shape."""
-    block_rows, block_columns = tile_shape(columns, _ROW_TILE)
-    grid = (cdiv(rows, block_rows), cdiv(columns, block_columns))
-    return grid, {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
 
 
 def _column_tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, dict[str, int]]:

@@ -61,6 +61,15 @@ def test_a_narrow_gradient_is_added_in_the_type_of_the_sum():
     assert total.tolist() == [[257.0, 256.5], [257.5, 257.0]]  # in bfloat16 all were 256
 
 
+def test_values_need_not_be_contiguous():
+    values, index = torch.randn(8, 4).t(), torch.tensor([1, 2])
+    rows, columns = MainGradient(torch.zeros(8, 8)), MainGradient(torch.zeros(4, 16))
+    rows.add_rows(values, index, unit=2)
+    columns.add_columns(values, index, unit=4)
+    assert torch.equal(rows.total[2:6], values) and torch.equal(columns.total[:, 4:12], values)
+    assert rows.total.count_nonzero() == columns.total.count_nonzero() == 32
+
+
 def test_values_must_fit_the_index():
     main = MainGradient(torch.zeros(6, 8))
     index = torch.tensor([0, 2])

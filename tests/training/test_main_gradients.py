@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from megatron.core import parallel_state
 
-from megatron_sat.ops.main_gradient import MainGradient
+from megatron_sat.ops.main_gradient import MainGradient, main_gradient_of
 from megatron_sat.testing.training import run_training, tiny_run, train
 from megatron_sat.training import model
 from megatron_sat.training.autotune_layer import measured_layer
@@ -88,19 +88,19 @@ def test_the_run_is_that_of_deepspeeds_own_sums(tmp_path, tiny_data, layout):
 
 
 def sums_of_a_measured_step(argv: list[str]) -> list[bool]:
-    """By weight of a measured layer: that its gradients are in a float32 sum alone."""
+    """By parameter of a measured layer: that its gradients are in a float32 sum alone."""
     parallel_state.destroy_model_parallel()
     config = start(argv)
     initialize(config)
     layer = measured_layer(config)
     layer.state.set_kept_counts({0.5: {"attention": 4, "mlp": 64}})
     layer.run(1)
-    return [
-        p.grad is None and p.main_gradient.total.dtype == torch.float32
-        if hasattr(p, "main_gradient")
-        else False
-        for p in layer.module.parameters()
-    ]
+    found = []
+    for parameter in layer.module.parameters():
+        kept = main_gradient_of(parameter)
+        found.append(kept is not None and parameter.grad is None and bool(kept.total.any()))
+        assert kept is None or kept.total.dtype == torch.float32
+    return found
 
 
 @pytest.mark.parametrize(
