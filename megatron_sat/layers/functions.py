@@ -10,11 +10,12 @@ import torch.distributed as dist
 from megatron.core.parallel_state import get_global_memory_buffer
 from torch import Tensor
 
+from megatron_sat.ops.gather_scatter import gather_rows
 from megatron_sat.ops.linear import (
     column_bias_grad,
     column_forward,
-    column_input_grad,
     column_weight_grad,
+    pays_to_keep,
 )
 from megatron_sat.ops.main_gradient import main_gradient_of
 
@@ -29,8 +30,8 @@ class ColumnParallelSlicedLinear(torch.autograd.Function):
                                          communication of the input gradient
     ============  =====================  ====================================================
 
-    Keeps the sharded input, the Parameter and the indices, never a slice: under ZeRO-3 the
-    Parameter's storage comes and goes between forward and backward.
+    Keeps the sharded input, the Parameter, the indices and, where it pays, the slice: under ZeRO-3
+    the Parameter's storage comes and goes between forward and backward.
     """
 
     @staticmethod
@@ -46,28 +47,32 @@ class ColumnParallelSlicedLinear(torch.autograd.Function):
         group: dist.ProcessGroup,
         sequence_parallel: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, index)
         ctx.has_bias = bias is not None
         ctx.main_gradient = main_gradient_of(weight)
         ctx.rows, ctx.unit, ctx.sections = rows, unit, sections
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         total = _gather_sequence(x, group) if sequence_parallel else x
+        kept_weight = gather_rows(weight, index, unit=unit, sections=sections)
         y = column_forward(
-            total.flatten(0, -2), weight, index, bias=bias, unit=unit, sections=sections
+            total.flatten(0, -2), kept_weight, index, bias=bias, unit=unit, sections=sections
         )
+        keeps = pays_to_keep(kept_weight, y, of=rows)
+        ctx.save_for_backward(x, weight, index, kept_weight if keeps else None)
         return y.view(*total.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, weight, index = ctx.saved_tensors
+        x, weight, index, kept_weight = ctx.saved_tensors
         slicing = {"unit": ctx.unit, "sections": ctx.sections}
         total, gathering = x, None
         if ctx.sequence_parallel and ctx.needs_input_grad[1]:
             # Enqueued before the input gradient's GEMM, so that the two overlap.
             total, gathering = _start_gather_sequence(x, ctx.group)
         dy2d = dy.flatten(0, -2)
-        dx = column_input_grad(dy2d, weight, index, **slicing).view(*dy.shape[:-1], x.shape[-1])
+        if kept_weight is None:
+            kept_weight = gather_rows(weight, index, **slicing)
+        dx = (dy2d @ kept_weight).view(*dy.shape[:-1], x.shape[-1])
         if gathering is not None:
             gathering.wait()
         if ctx.sequence_parallel:

@@ -10,6 +10,9 @@ alone, and nothing is returned.
 The parts take 2-D operands and read no size from a weight that is not also multiplied, so a
 caller whose parameter is partitioned (ZeRO-3) may use them with sizes from its configuration.
 
+The slice of a weight stays for the backward pass where `pays_to_keep` says so; elsewhere it is made
+again.
+
 Under autocast the operands may have different dtypes, and the GEMMs take autocast's, as those of
 `torch.nn.functional.linear` do; backward runs under the autocast of its forward.
 """
@@ -35,30 +38,18 @@ _MOST_PARTS, _ALIGNED = 8, 64
 
 def column_forward(
     x: Tensor,
-    weight: Tensor,
+    kept_weight: Tensor,
     index: Tensor,
     *,
     bias: Tensor | None = None,
     unit: int = 1,
     sections: int = 1,
 ) -> Tensor:
-    """y [T, m] = x [T, in] @ weight[rows].T (+ bias[rows])."""
-    if index.numel() == 0:
-        return x.new_zeros(x.shape[0], 0)
-    kept_weight = gather_rows(weight, index, unit=unit, sections=sections)
+    """y [T, m] = x [T, in] @ kept_weight.T (+ bias[rows]), with kept_weight = weight[rows]."""
     kept_bias = None
     if bias is not None:
         kept_bias = gather_rows(bias[:, None], index, unit=unit, sections=sections)[:, 0]
     return torch.nn.functional.linear(x, kept_weight, kept_bias)
-
-
-def column_input_grad(
-    dy: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1, sections: int = 1
-) -> Tensor:
-    """dx [T, in] = dy [T, m] @ weight[rows]."""
-    if index.numel() == 0:
-        return dy.new_zeros(dy.shape[0], weight.shape[1])
-    return dy @ gather_rows(weight, index, unit=unit, sections=sections)
 
 
 def column_weight_grad(
@@ -98,20 +89,6 @@ def column_bias_grad(
     return scatter_rows(kept, index, rows=rows, unit=unit, sections=sections)[:, 0]
 
 
-def row_forward(x: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1) -> Tensor:
-    """y [T, out] = x [T, m] @ weight[:, columns].T."""
-    if index.numel() == 0:
-        return x.new_zeros(x.shape[0], weight.shape[0])
-    return x @ gather_columns(weight, index, unit=unit).t()
-
-
-def row_input_grad(dy: Tensor, weight: Tensor, index: Tensor, *, unit: int = 1) -> Tensor:
-    """dx [T, m] = dy [T, out] @ weight[:, columns]."""
-    if index.numel() == 0:
-        return dy.new_zeros(dy.shape[0], 0)
-    return dy @ gather_columns(weight, index, unit=unit)
-
-
 def row_weight_grad(
     dy: Tensor,
     x: Tensor,
@@ -138,6 +115,17 @@ def row_weight_grad(
     return whole
 
 
+def pays_to_keep(kept_weight: Tensor, saved: Tensor, *, of: int) -> bool:
+    """Whether backward takes the slice `kept_weight` from forward, instead of slicing again.
+
+    `saved [T, m]` is the side of the product that is sliced, m of the `of` features of a dense one,
+    which backward keeps. Where leaving the others out has saved as much memory as the slice takes,
+    so that a step's peak stays below that of a dense one.
+    """
+    tokens, kept = saved.shape
+    return kept_weight.nbytes <= tokens * (of - kept) * saved.element_size()
+
+
 def _part(whole: int, kept: int, of: int, *, tokens: int) -> int:
     """How many of the `whole` features on the side that is not sliced a weight gradient takes at
     a time, where `kept` of the `of` features on the other side are kept.
@@ -161,8 +149,7 @@ class _ColumnSlicedLinear(torch.autograd.Function):
     weight gradient  dweight[rows] = dy.T @ x, 0 elsewhere               [out, in]
     bias gradient    dbias[rows]   = sum of dy over tokens, 0 elsewhere  [out]
     ```
-    Saves x, the whole weight and the index; backward slices the weight again, because a kept
-    slice would hold memory that ZeRO-3 believes to be free.
+    Saves x, the whole weight, the index and, where it pays, the slice.
     """
 
     @staticmethod
@@ -175,23 +162,27 @@ class _ColumnSlicedLinear(torch.autograd.Function):
         unit: int,
         sections: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, index)
         ctx.rows, ctx.layout = weight.shape[0], {"unit": unit, "sections": sections}
         ctx.main_gradient = main_gradient_of(weight)
         ctx.autocast = _autocast_of(x)
-        y = column_forward(_tokens(x), weight, index, bias=bias, **ctx.layout)
+        kept_weight = gather_rows(weight, index, **ctx.layout)
+        y = column_forward(_tokens(x), kept_weight, index, bias=bias, **ctx.layout)
+        keeps = pays_to_keep(kept_weight, y, of=ctx.rows)
+        ctx.save_for_backward(x, weight, index, kept_weight if keeps else None)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, index = ctx.saved_tensors
+        x, weight, index, kept_weight = ctx.saved_tensors
         needs_x, needs_weight, _, needs_bias, _, _ = ctx.needs_input_grad
         dy = _tokens(grad_output)
         dx = dweight = dbias = None
         with _same_autocast(ctx.autocast):
             if needs_x:
-                dx = column_input_grad(dy, weight, index, **ctx.layout).view_as(x)
+                if kept_weight is None:
+                    kept_weight = gather_rows(weight, index, **ctx.layout)
+                dx = (dy @ kept_weight).view_as(x)
             if needs_weight:
                 dweight = column_weight_grad(
                     dy, _tokens(x), index, rows=ctx.rows, **ctx.layout, into=ctx.main_gradient
@@ -209,28 +200,32 @@ class _RowSlicedLinear(torch.autograd.Function):
     input gradient   dx                  = dy @ weight[:, columns]    [..., m]
     weight gradient  dweight[:, columns] = dy.T @ x, 0 elsewhere      [out, in]
     ```
-    Saves x, the whole weight and the index, and slices again in backward (see above).
+    Saves x, the whole weight, the index and, where it pays, the slice.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, unit: int) -> Tensor:
-        ctx.save_for_backward(x, weight, index)
         ctx.columns, ctx.unit = weight.shape[1], unit
         ctx.main_gradient = main_gradient_of(weight)
         ctx.autocast = _autocast_of(x)
-        y = row_forward(_tokens(x), weight, index, unit=unit)
+        kept_weight = gather_columns(weight, index, unit=unit)
+        y = _tokens(x) @ kept_weight.t()
+        keeps = pays_to_keep(kept_weight, _tokens(x), of=ctx.columns)
+        ctx.save_for_backward(x, weight, index, kept_weight if keeps else None)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, index = ctx.saved_tensors
+        x, weight, index, kept_weight = ctx.saved_tensors
         needs_x, needs_weight, _, _ = ctx.needs_input_grad
         dy = _tokens(grad_output)
         dx = dweight = None
         with _same_autocast(ctx.autocast):
             if needs_x:
-                dx = row_input_grad(dy, weight, index, unit=ctx.unit).view_as(x)
+                if kept_weight is None:
+                    kept_weight = gather_columns(weight, index, unit=ctx.unit)
+                dx = (dy @ kept_weight).view_as(x)
             if needs_weight:
                 dweight = row_weight_grad(
                     dy,

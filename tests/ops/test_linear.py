@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sat.ops import column_sliced_linear, linear, row_sliced_linear
 
@@ -197,39 +198,41 @@ def test_weight_gradients_in_parts_under_autocast() -> None:
 SLICED = [(run_column, (3, 12), (16, 12)), (run_row, (3, 4), (12, 8))]
 
 
+@pytest.mark.parametrize("tokens", [3, 300])
 @pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
-def test_only_the_inputs_the_whole_weight_and_the_index_are_saved(
-    run: Callable[..., Tensor], x_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+def test_the_inputs_the_whole_weight_the_index_and_a_slice_that_is_small_are_saved(
+    run: Callable[..., Tensor], x_shape: tuple[int, ...], weight_shape: tuple[int, ...], tokens: int
 ) -> None:
-    x, weight = leaf(*x_shape, dtype=torch.float32), leaf(*weight_shape, dtype=torch.float32)
+    x = leaf(tokens, x_shape[1], dtype=torch.float32)
+    weight = leaf(*weight_shape, dtype=torch.float32)
     index = torch.tensor([1, 3])
-    saved: list[int] = []
+    saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage().data_ptr())
+        saved.append(tensor.detach())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run(x, weight, index)
-    assert saved == [tensor.untyped_storage().data_ptr() for tensor in (x, weight, index)]
+    pointers = [tensor.untyped_storage().data_ptr() for tensor in saved]
+    assert pointers[:3] == [tensor.untyped_storage().data_ptr() for tensor in (x, weight, index)]
+    # Two of four units: with more tokens than features that are not sliced.
+    assert [t.numel() for t in saved[3:]] == ([weight.numel() // 2] if tokens == 300 else [])
 
 
+@pytest.mark.parametrize("tokens", [3, 300])
 @pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
 def test_frozen_operands_cost_no_gemm(
-    run: Callable[..., Tensor],
-    x_shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., Tensor], x_shape: tuple[int, ...], weight_shape: tuple[int, ...], tokens: int
 ) -> None:
     index = torch.tensor([1, 3])
     for x_learns in (True, False):
-        x = torch.randn(*x_shape, requires_grad=x_learns)
+        x = torch.randn(tokens, x_shape[1], requires_grad=x_learns)
         weight = torch.randn(*weight_shape, requires_grad=not x_learns)
         y = run(x, weight, index)
-        with monkeypatch.context() as patch:
-            for side in ("column", "row"):
-                patch.delattr(linear, f"{side}_{'weight' if x_learns else 'input'}_grad")
+        with FlopCounterMode(display=False) as counter:
             y.sum().backward()
+        assert counter.get_total_flops() == 2 * tokens * weight.numel() // 2
         assert (x.grad is not None) == x_learns
         assert (weight.grad is None) == x_learns
 
