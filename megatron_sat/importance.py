@@ -43,13 +43,17 @@ def needs_statistic(metric: str) -> bool:
     return _checked(metric) in ("wanda", "maxip")
 
 
-def statistic(metric: str, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def statistic(
+    metric: str, inputs: Tensor, mask: Tensor | None = None, *, sums: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What the metric sums over the tokens, and how many there are.
 
     Args:
         metric: "maxip" sums the inputs, "wanda" their squares; the others nothing.
         inputs: activations `[..., in]`.
         mask: bool `[...]`, true where a token counts; None if all do.
+        sums: `[in]`, the inputs summed over all tokens, from who made them: for "maxip" without a
+            mask, which then reads no input.
 
     Returns:
         The sum, `[in]` float32, and the count, float32 without dimensions: a tensor, so that one
@@ -71,6 +75,8 @@ def statistic(metric: str, inputs: Tensor, mask: Tensor | None = None) -> tuple[
         count = mask.sum(dtype=torch.float32)
     if not needs_statistic(metric):
         return torch.zeros(inputs.shape[-1], dtype=torch.float32, device=inputs.device), count
+    if sums is not None and metric == "maxip" and mask is None:
+        return sums.float(), count
     if mask is not None:
         # Not a product: what stands in the padding may be infinite or NaN.
         inputs = torch.where(mask[..., None], inputs, 0)

@@ -73,6 +73,7 @@ class ColumnParallelSlicedLinear(torch.autograd.Function):
         if kept_weight is None:
             kept_weight = gather_rows(weight, index, **slicing)
         dx = (dy2d @ kept_weight).view(*dy.shape[:-1], x.shape[-1])
+        del kept_weight  # not beside the weight's gradient
         if gathering is not None:
             gathering.wait()
         if ctx.sequence_parallel:

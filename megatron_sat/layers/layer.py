@@ -1,4 +1,4 @@
-"""The transformer layer, with its residual connections within its norms."""
+"""The transformer layer, whose norms take residual connections and the scores' statistic along."""
 
 from typing import Any
 
@@ -56,11 +56,15 @@ class SATTransformerLayer(TransformerLayer):
                 hidden_states, attention_mask, *args, **kwargs
             )
             return stock
-        normed, residual = self.input_layernorm(hidden_states, with_sum=True)
+        normed, residual = self.input_layernorm(
+            hidden_states, with_sum=True, sums_to=self.self_attention.linear_qkv.takes_sums()
+        )
         branch = self.self_attention(
             normed, attention_mask, **{name: kwargs[name] for name in given & _FOR_ATTENTION}
         )
-        normed, residual = self.pre_mlp_layernorm(_with_bias(branch), residual, with_sum=True)
+        normed, residual = self.pre_mlp_layernorm(
+            _with_bias(branch), residual, with_sum=True, sums_to=self.mlp.linear_fc1.takes_sums()
+        )
         return residual + _with_bias(self.mlp(normed)), kwargs.get("context")
 
 

@@ -1,5 +1,6 @@
 """Megatron-core's parallel linears, with scores of their own shard and sliced GEMMs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class SATColumnParallelLinear(ColumnParallelLinear):
     """
 
     site: Site | None = None
+    _sums: Tensor | None = None
 
     def attach(
         self, site: Site, layout: ChannelLayout | HeadLayout, communicator: ScoreCommunicator
@@ -84,13 +86,29 @@ class SATColumnParallelLinear(ColumnParallelLinear):
             output_bias = by_unit.index_select(1, index).flatten()
         return output, output_bias
 
+    def takes_sums(self) -> Callable[[Tensor], None] | None:
+        """What is to be called with the sum over tokens, ``[h]`` float32, of the next input, where
+        its subset will be decided by them: for who makes that input, and can sum it on the way."""
+        site = self.site
+        if site is None or not self.training or not site.is_sparse or site.subset is not None:
+            return None
+        state = site.state
+        if state.token_mask is not None or state.require_config().metric != "maxip":
+            return None
+        return self._take_sums
+
+    def _take_sums(self, sums: Tensor) -> None:
+        self._sums = sums
+
     @torch.no_grad()
     def _decide(self, site: Site, input_: Tensor) -> Subset:
         """Statistic -> scores of this shard's units -> of all units -> subset."""
         metric, layout = site.state.require_config().metric, self.layout
         total = count = None
         if importance.needs_statistic(metric):
-            total, count = importance.statistic(metric, input_, self._token_mask(site))
+            sums, self._sums = self._sums, None
+            mask = self._token_mask(site)
+            total, count = importance.statistic(metric, input_, mask, sums=sums)
             total, count = self.communicator.reduce_statistic(total, count)
         scores = importance.unit_score(
             metric, self.weight, total, count, unit=layout.score_unit, sections=layout.sections

@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm that Megatron-core can use under sequence parallelism without Apex."""
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -26,26 +27,41 @@ class _Norm:
 class SATRMSNorm(_Norm, torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` as a Megatron-core norm; reads ``sequence_parallel`` from the config.
 
-    It can take the residual connection along, which on GPU makes one kernel of them.
+    It can take the residual connection along, and the sum over tokens that scores ask for: on GPU
+    one kernel.
     """
 
     eps: float
 
     @overload
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, with_sum: Literal[False] = False
-    ) -> Tensor: ...
+    def forward(self, x: Tensor) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, with_sum: Literal[True]
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        with_sum: Literal[True],
+        sums_to: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]: ...
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, with_sum: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        with_sum: bool = False,
+        sums_to: Callable[[Tensor], None] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``[..., h]`` -> the norm of ``x``, or of ``residual + x``; ``with_sum``: and what was
-        normalised, for the residual connection to go on from."""
+        normalised, for the residual connection to go on from. ``sums_to`` is called with the norm's
+        sum over all tokens, ``[h]`` float32, where one kernel makes both."""
         if is_fused(x) and x.dtype == self.weight.dtype:
-            normed, total = add_rms_norm(x, residual, self.weight, eps=self.eps)
+            normed, total, sums = add_rms_norm(
+                x, residual, self.weight, eps=self.eps, sums=sums_to is not None
+            )
+            if sums_to is not None:
+                assert sums is not None
+                sums_to(sums)
         else:
             total = x if residual is None else residual + x
             normed = super().forward(total)

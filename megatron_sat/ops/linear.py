@@ -179,14 +179,15 @@ class _ColumnSlicedLinear(torch.autograd.Function):
         dy = _tokens(grad_output)
         dx = dweight = dbias = None
         with _same_autocast(ctx.autocast):
-            if needs_x:
-                if kept_weight is None:
-                    kept_weight = gather_rows(weight, index, **ctx.layout)
-                dx = (dy @ kept_weight).view_as(x)
+            # The largest tensors of a layer are here: no dx and no new slice beside them.
             if needs_weight:
                 dweight = column_weight_grad(
                     dy, _tokens(x), index, rows=ctx.rows, **ctx.layout, into=ctx.main_gradient
                 )
+            if needs_x:
+                if kept_weight is None:
+                    kept_weight = gather_rows(weight, index, **ctx.layout)
+                dx = (dy @ kept_weight).view_as(x)
             if needs_bias:
                 dbias = column_bias_grad(dy, index, rows=ctx.rows, **ctx.layout)
         return dx, dweight, None, dbias, None, None
@@ -222,10 +223,6 @@ class _RowSlicedLinear(torch.autograd.Function):
         dy = _tokens(grad_output)
         dx = dweight = None
         with _same_autocast(ctx.autocast):
-            if needs_x:
-                if kept_weight is None:
-                    kept_weight = gather_columns(weight, index, unit=ctx.unit)
-                dx = (dy @ kept_weight).view_as(x)
             if needs_weight:
                 dweight = row_weight_grad(
                     dy,
@@ -235,6 +232,10 @@ class _RowSlicedLinear(torch.autograd.Function):
                     unit=ctx.unit,
                     into=ctx.main_gradient,
                 )
+            if needs_x:
+                if kept_weight is None:
+                    kept_weight = gather_columns(weight, index, unit=ctx.unit)
+                dx = (dy @ kept_weight).view_as(x)
         return dx, dweight, None, None
 
 

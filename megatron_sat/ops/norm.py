@@ -26,10 +26,11 @@ def is_fused(x: Tensor) -> bool:
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, sums: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`x [..., h]`, `residual [..., h]` or None, `weight [h]` -> `rms_norm(x + residual)` and
-    `x + residual`, both `[..., h]`.
+    `x + residual`, both `[..., h]`; and with `sums` the norm's sum over all tokens, `[h]` float32
+    (or float64), which has no gradient, else None.
 
     Computed in float32 and rounded once, as are the gradients; float64 stays float64. The sum that
     is normalised is the rounded one. Whoever goes on from the sum that comes back, and not from
@@ -44,20 +45,22 @@ def add_rms_norm(
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         shapes = [list(t.shape) for t in (x, residual, weight) if t is not None]
         raise ValueError(f"shapes {shapes} do not fit; valid: [..., h], the same, and [h]")
-    y, total = _AddRMSNorm.apply(x, residual, weight, eps)
-    return y, total
+    y, total, over_tokens = _AddRMSNorm.apply(x, residual, weight, eps, sums)
+    return y, total, over_tokens
 
 
 def add_rms_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the norm and the sum, `[..., h]`, and `1 / rms [...]` in float32 or float64."""
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """-> the norm and the sum, `[..., h]`; `1 / rms [...]` and, if asked for, the norm's sum over
+    tokens `[h]` in float32 or float64."""
     if _takes_triton(x):
-        return kernels().add_rms_norm_forward(x, residual, weight, eps)
+        return kernels().add_rms_norm_forward(x, residual, weight, eps, sums=sums)
     total = x if residual is None else x + residual
     wide = widen(total)
     inverse = (wide.square().mean(dim=-1) + eps).rsqrt()
-    return (wide * inverse[..., None] * widen(weight)).to(x.dtype), total, inverse
+    y = (wide * inverse[..., None] * widen(weight)).to(x.dtype)
+    return y, total, inverse, widen(y).view(-1, y.shape[-1]).sum(dim=0) if sums else None
 
 
 def add_rms_norm_backward(
@@ -83,21 +86,23 @@ def _takes_triton(x: Tensor) -> bool:
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        y, total, inverse = add_rms_norm_forward(x, residual, weight, eps)
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, sums: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y, total, inverse, over_tokens = add_rms_norm_forward(x, residual, weight, eps, sums=sums)
         ctx.save_for_backward(total, inverse, weight)
         ctx.set_materialize_grads(False)
-        return y, total
+        if over_tokens is not None:
+            ctx.mark_non_differentiable(over_tokens)
+        return y, total, over_tokens
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dy: Tensor | None, dtotal: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         total, inverse, weight = ctx.saved_tensors
         if dy is None:
-            return dtotal, dtotal if ctx.needs_input_grad[1] else None, None, None
+            return dtotal, dtotal if ctx.needs_input_grad[1] else None, None, None, None
         dx, dweight = add_rms_norm_backward(dy, dtotal, total, inverse, weight)
         needs = ctx.needs_input_grad
-        return dx, dx if needs[1] else None, dweight if needs[2] else None, None
+        return dx, dx if needs[1] else None, dweight if needs[2] else None, None, None

@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_sat.ops.launch import launch, power_of_2
 from megatron_sat.ops.precision import wide_dtype
 
-# Warps of the backward pass on each multiprocessor: as many as its registers are enough for, so
-# that all programs run at once and the weight gradient's partial sums are few.
-_WARPS = 16
+# Warps on each multiprocessor of the kernels that sum over tokens: as many as its registers are
+# enough for, so that all programs run at once and the partial sums are few.
+_FORWARD_WARPS, _WARPS = 32, 16
 
 
 @triton.jit
@@ -47,6 +47,53 @@ def _forward_kernel(
     tl.store(inverse + token, scale)
     gain = tl.load(weight + column, mask=live, other=0.0).to(wide)
     tl.store(y + row, value * scale * gain, mask=live)
+
+
+@triton.jit
+def _summing_forward_kernel(
+    y,
+    total,
+    inverse,
+    sums,
+    x,
+    residual,
+    weight,
+    columns,
+    tokens,
+    programs,
+    EPS: tl.constexpr,
+    ADDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As above, but a program takes every so manieth token and sums its share of `y`'s columns."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    live = column < columns
+    gain = tl.load(weight + column, mask=live, other=0.0)
+    wide = tl.float64 if gain.dtype == tl.float64 else tl.float32
+    gain = gain.to(wide)
+    share = tl.zeros((BLOCK,), dtype=wide)
+    row = program.to(tl.int64) * columns + column
+    stride = tl.cast(programs, tl.int64) * columns
+    next_raw = tl.load(x + row, mask=live, other=0.0)
+    next_added = tl.load(residual + row, mask=live, other=0.0) if ADDS else next_raw
+    for token in range(program, tokens, programs):
+        raw, added = next_raw, next_added
+        # The next token is on its way while this one's sum is waited for.
+        ahead = live & (token + programs < tokens)
+        next_raw = tl.load(x + row + stride, mask=ahead, other=0.0)
+        if ADDS:
+            next_added = tl.load(residual + row + stride, mask=ahead, other=0.0)
+            raw = (raw.to(wide) + added.to(wide)).to(raw.dtype)
+            tl.store(total + row, raw, mask=live)
+        value = raw.to(wide)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value) / columns + EPS)
+        tl.store(inverse + token, scale)
+        normed = (value * scale * gain).to(raw.dtype)  # what others read is what is summed
+        tl.store(y + row, normed, mask=live)
+        share += normed.to(wide)
+        row += stride
+    tl.store(sums + program.to(tl.int64) * columns + column, share, mask=live)
 
 
 @triton.jit
@@ -100,24 +147,33 @@ def _backward_kernel(
 
 
 def add_rms_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Triton form of `norm.add_rms_norm_forward`."""
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     adds, residual = residual is not None, x if residual is None else residual.contiguous()
     y = torch.empty_like(x)
     total = torch.empty_like(x) if adds else x
     inverse = x.new_empty(x.shape[:-1], dtype=wide_dtype(x))
+    tokens = inverse.numel()
     columns, block, warps = _sizes(x)
+    constants = {"EPS": eps, "ADDS": adds, "BLOCK": block}
+    if not sums:
+        tensors = (y, total, inverse, x, residual, weight)
+        launch(_forward_kernel, (tokens,), tensors, (columns,), constants, num_warps=warps)
+        return y, total, inverse, None
+    warps = min(16, 2 * warps)
+    programs = min(tokens, _FORWARD_WARPS // warps * _multiprocessors(x.device))
+    shares = inverse.new_empty(programs, columns)
     launch(
-        _forward_kernel,
-        (inverse.numel(),),
-        (y, total, inverse, x, residual, weight.contiguous()),
-        (columns,),
-        {"EPS": eps, "ADDS": adds, "BLOCK": block},
+        _summing_forward_kernel,
+        (programs,),
+        (y, total, inverse, shares, x, residual, weight),
+        (columns, tokens, programs),
+        constants,
         num_warps=warps,
     )
-    return y, total, inverse
+    return y, total, inverse, shares.sum(dim=0)
 
 
 def add_rms_norm_backward(

@@ -15,11 +15,12 @@ from megatron_sat.ops.launch import launch, power_of_2
 def _top_units_kernel(
     out, values, noise, size, keep, scale, BLOCK: tl.constexpr, NOISY: tl.constexpr
 ):
-    """One program per group of `size` values, of which it writes the `keep` best indices; NOISY:
-    the values are multiplied by `scale` and `noise` is added.
+    """One program per group of `size` values, of which it writes the `keep` best indices, fewer
+    than all; NOISY: the values are multiplied by `scale` and `noise` is added.
 
     No sorting: the smallest kept value is found bit by bit, by counting how many values reach each
-    candidate; a running count of what is kept then gives every index its place.
+    candidate, until as many do as are kept; a running count of these then gives every index its
+    place.
     """
     group = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
@@ -29,18 +30,26 @@ def _top_units_kernel(
         value = value * scale + tl.load(noise + group * size + offsets, mask=live, other=0.0)
     value = tl.where(value == 0.0, 0.0, value)  # -0.0 equals 0.0, its bits do not
     bits = value.to(tl.int32, bitcast=True)
-    # Integers in the order of the floats; +1 leaves 0 to what is outside, below -inf's.
-    ordered = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits).to(tl.int64)
-    key = tl.where(live, ordered + (2147483648 + 1), 0)
-    threshold = tl.zeros((), dtype=tl.int64)
-    for step in range(33):
-        candidate = threshold + (tl.full((), 1, tl.int64) << (32 - step))
+    # Integers in the order of the floats; the least is below -inf's.
+    ordered = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
+    key = tl.where(live, ordered, -0x80000000)
+    reached = tl.sum((key >= 0).to(tl.int32))
+    enough = reached >= keep
+    threshold = tl.where(enough, 0, -0x80000000)
+    count = tl.where(enough, reached, BLOCK)  # of values that reach the threshold
+    bit = 30
+    while (bit >= 0) & (count != keep):
+        candidate = threshold + (1 << bit)
         reached = tl.sum((key >= candidate).to(tl.int32))
-        threshold = tl.where(reached >= keep, candidate, threshold)
-    above = key > threshold
-    tied = key == threshold
-    places_left = keep - tl.sum(above.to(tl.int32))
-    kept = above | (tied & (tl.cumsum(tied.to(tl.int32)) <= places_left))
+        enough = reached >= keep
+        threshold = tl.where(enough, candidate, threshold)
+        count = tl.where(enough, reached, count)
+        bit -= 1
+    kept = live & (key >= threshold)
+    if count != keep:  # equal values, of which the first are kept
+        tied = live & (key == threshold)
+        places_left = keep - tl.sum((key > threshold).to(tl.int32))
+        kept = (key > threshold) | (tied & (tl.cumsum(tied.to(tl.int32)) <= places_left))
     place = tl.cumsum(kept.to(tl.int32)) - 1
     tl.store(out + group * keep + place, group * size + offsets, mask=kept)
 
@@ -61,6 +70,6 @@ def top_units(
         (out, values, noise),
         (size, keep // groups, scale),
         {"BLOCK": block, "NOISY": noisy},
-        num_warps=min(32, max(1, block // 256)),
+        num_warps=min(16, max(1, block // 512)),
     )
     return out

@@ -2,6 +2,7 @@
 
 import gc
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_sat import SATConfig, SATState
+from megatron_sat import SATConfig, SATState, importance
 from megatron_sat.layers import get_gpt_block_sat_spec, get_gpt_layer_sat_spec
+from megatron_sat.ops import norm
+from megatron_sat.ops.backend import force_backend
 from megatron_sat.testing import RankError, run_on_ranks, tiny_config, tiny_gpt
 
 VOCABULARY, SEQUENCE, BATCH = 64, 16, 2
@@ -114,6 +117,40 @@ def test_layers_score_heads_and_channels_as_the_equations_say() -> None:
     ((units, expected),) = run_on_ranks(top_k_and_reference, 1)
     assert units == expected
     assert len(units["1.attention"]) == 4 and len(units["1.mlp"]) == 64
+
+
+def with_sums_from_norms() -> tuple[dict, dict, list[tuple[str, bool]]]:
+    """As above by the kernels, with each statistic's metric and whether the norm had brought it."""
+    found = []
+    statistic = importance.statistic
+
+    def observed(metric: str, inputs: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        found.append((metric, kwargs["sums"] is not None))
+        return statistic(metric, inputs, mask, **kwargs)
+
+    with (
+        force_backend("triton"),
+        mock.patch.object(norm, "_LEAST", 1),
+        mock.patch.object(importance, "statistic", observed),
+    ):
+        units, expected = top_k_and_reference()
+        state = SATState(sat())
+        model = build(state, **GROUPED)
+        state.begin_step(1)
+        state.begin_micro_batch(0, torch.ones(BATCH, SEQUENCE, dtype=torch.bool))
+        forward(model)  # which the norms cannot sum: not all tokens count
+        state = SATState(sat(metric="wanda"))
+        model = build(state, **GROUPED)
+        state.begin_step(1)
+        forward(model)
+        forward(model)  # decides nothing
+    return units, expected, found
+
+
+def test_the_norms_bring_the_statistic_along() -> None:
+    ((units, expected, found),) = run_on_ranks(with_sums_from_norms, 1)
+    assert units == expected
+    assert found == [("maxip", True)] * 4 + [("maxip", False)] * 4 + [("wanda", False)] * 4
 
 
 def sampled(sequence_parallel: bool, steps: int, selection: str, dtype: str) -> list[dict]:

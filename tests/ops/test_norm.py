@@ -12,7 +12,7 @@ EPS = 1e-3
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
+    return float(((actual.double() - exact).norm() / exact.norm()).detach())
 
 
 def check(
@@ -32,10 +32,20 @@ def check(
         return torch.nn.functional.rms_norm(total, shape[-1:], weight, EPS), total
 
     def actual(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, weight, eps=EPS)
+        y, total, sums = add_rms_norm(x, residual, weight, eps=EPS)
+        assert sums is None
+        return y, total
+
+    def summing(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        y, total, sums = add_rms_norm(x, residual, weight, eps=EPS, sums=True)
+        assert sums is not None and not sums.requires_grad
+        exact = y.detach().double().flatten(0, -2).sum(dim=0)
+        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+        assert relative_error(sums, exact) < 1e-5
+        return y, total
 
     results = []
-    for function, wide in ((actual, dtype), (reference, torch.float64)):
+    for function, wide in ((actual, dtype), (summing, dtype), (reference, torch.float64)):
         leaves = [t.to(wide, copy=True).requires_grad_() for t in (x, residual, weight)]
         y, total = function(leaves[0], leaves[1] if adds else None, leaves[2])
         outputs, gradients = [y], [dy.to(wide)]
@@ -43,9 +53,10 @@ def check(
             outputs, gradients = [y, total], [*gradients, dtotal.to(wide)]
         inputs = leaves if adds else [leaves[0], leaves[2]]
         results.append((y, total, *torch.autograd.grad(outputs, inputs, gradients)))
-    for value, exact in zip(*results, strict=True):
+    for value, with_sums, exact in zip(*results, strict=True):
         assert value.dtype == dtype and value.shape == exact.shape
         assert relative_error(value, exact) < ROUNDING[dtype]
+        assert torch.equal(value, with_sums)
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
@@ -57,7 +68,7 @@ def test_norm_and_sum(dtype: torch.dtype, adds: bool, goes_on: bool) -> None:
 
 def test_the_gradient_of_the_sum_alone() -> None:
     x, residual = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
-    _, total = add_rms_norm(x, residual, torch.ones(8), eps=EPS)
+    _, total, _ = add_rms_norm(x, residual, torch.ones(8), eps=EPS)
     gradient = torch.randn_like(total)
     for dx in torch.autograd.grad(total, [x, residual], gradient):
         assert torch.equal(dx, gradient)
@@ -76,7 +87,7 @@ def check_rounding(device: str) -> None:
     residual *= 100  # the sum loses much of x
     weight = (torch.rand(1024, device=device) + 0.5).bfloat16()
     leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
-    y, total = add_rms_norm(*leaves, weight, eps=EPS)
+    y, total, _ = add_rms_norm(*leaves, weight, eps=EPS)
     (dx,) = torch.autograd.grad([y, total], leaves[:1], [dy, dtotal])
     exact_total = (residual + x).double().requires_grad_()
     exact = torch.nn.functional.rms_norm(exact_total, (1024,), weight.double(), EPS)

@@ -264,12 +264,14 @@ def test_swiglu_equals_the_pytorch_form(
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("summed", [True, False])
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_norms_equal_the_pytorch_form(
-    dtype: torch.dtype, adds: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, adds: bool, summed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(norm_kernel, "_WARPS", 4)  # and as many programs for 14 tokens
+    monkeypatch.setattr(norm_kernel, "_FORWARD_WARPS", 8)
     x, residual, dy, dtotal = (torch.randn(7, 2, 40).to(dtype) for _ in range(4))
     residual, weight = residual * 100, torch.randn(40).to(dtype)  # the sum is rounded visibly
     results = []
@@ -278,7 +280,9 @@ def test_norms_equal_the_pytorch_form(
         inputs = leaves if adds else leaves[::2]
         found = []
         with force_backend(form):
-            outputs = add_rms_norm(leaves[0], leaves[1] if adds else None, leaves[2], eps=1e-5)
+            added = leaves[1] if adds else None
+            *outputs, sums = add_rms_norm(leaves[0], added, leaves[2], eps=1e-5, sums=summed)
+            found += [sums] if summed else []
             for given in (outputs, outputs[:1]):  # with and without a gradient of the sum
                 gradients = (dy, dtotal)[: len(given)]
                 found += torch.autograd.grad(given, inputs, gradients, retain_graph=True)
