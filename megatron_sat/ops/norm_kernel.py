@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_sat.ops.launch import launch, power_of_2
 from megatron_sat.ops.precision import wide_dtype
 
-# Warps on each multiprocessor of the kernels that sum over tokens: as many as its registers are
-# enough for, so that all programs run at once and the partial sums are few.
-_FORWARD_WARPS, _WARPS = 32, 16
+# Warps on each multiprocessor of the kernels that sum over tokens: as many as the registers of the
+# backward one are enough for, so that all programs run at once and the partial sums are few.
+_WARPS = 16
 
 
 @triton.jit
@@ -65,7 +65,8 @@ def _summing_forward_kernel(
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As above, but a program takes every so manieth token and sums its share of `y`'s columns."""
+    """As above, to the bit, but a program takes every so manieth token and sums its share of `y`'s
+    columns."""
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     live = column < columns
@@ -162,8 +163,7 @@ def add_rms_norm_forward(
         tensors = (y, total, inverse, x, residual, weight)
         launch(_forward_kernel, (tokens,), tensors, (columns,), constants, num_warps=warps)
         return y, total, inverse, None
-    warps = min(16, 2 * warps)
-    programs = min(tokens, _FORWARD_WARPS // warps * _multiprocessors(x.device))
+    programs = min(tokens, _WARPS // warps * _multiprocessors(x.device))
     shares = inverse.new_empty(programs, columns)
     launch(
         _summing_forward_kernel,
