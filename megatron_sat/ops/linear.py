@@ -179,14 +179,14 @@ class _ColumnSlicedLinear(torch.autograd.Function):
         dy = _tokens(grad_output)
         dx = dweight = dbias = None
         with _same_autocast(ctx.autocast):
-            # The largest tensors of a layer are here: no dx and no new slice beside them.
+            # The weight's gradient is the largest tensor: no new slice beside it, and dx only then.
+            if needs_x and kept_weight is None:
+                dx = (dy @ gather_rows(weight, index, **ctx.layout)).view_as(x)
             if needs_weight:
                 dweight = column_weight_grad(
                     dy, _tokens(x), index, rows=ctx.rows, **ctx.layout, into=ctx.main_gradient
                 )
-            if needs_x:
-                if kept_weight is None:
-                    kept_weight = gather_rows(weight, index, **ctx.layout)
+            if needs_x and kept_weight is not None:
                 dx = (dy @ kept_weight).view_as(x)
             if needs_bias:
                 dbias = column_bias_grad(dy, index, rows=ctx.rows, **ctx.layout)
@@ -223,6 +223,8 @@ class _RowSlicedLinear(torch.autograd.Function):
         dy = _tokens(grad_output)
         dx = dweight = None
         with _same_autocast(ctx.autocast):
+            if needs_x and kept_weight is None:
+                dx = (dy @ gather_columns(weight, index, unit=ctx.unit)).view_as(x)
             if needs_weight:
                 dweight = row_weight_grad(
                     dy,
@@ -232,9 +234,7 @@ class _RowSlicedLinear(torch.autograd.Function):
                     unit=ctx.unit,
                     into=ctx.main_gradient,
                 )
-            if needs_x:
-                if kept_weight is None:
-                    kept_weight = gather_columns(weight, index, unit=ctx.unit)
+            if needs_x and kept_weight is not None:
                 dx = (dy @ kept_weight).view_as(x)
         return dx, dweight, None, None
 
