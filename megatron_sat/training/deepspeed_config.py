@@ -202,6 +202,7 @@ def build_deepspeed_config(config: TrainingConfig, *, world_size: int) -> dict[s
                 "are not finite would reach the weights"
             )
     _check_leaves(result)
+    _check_compilation(result)
     check_offloading(result, stage=stage)
     _try_in_deepspeed(result)
     return result
@@ -215,6 +216,16 @@ def _check_leaves(deepspeed_config: Mapping[str, Any]) -> None:
         raise ValueError(
             f'"{_LEAF_THRESHOLD}" in --deepspeed_config is {shorten(json.dumps(threshold))}; '
             "valid: 0, or to leave it out: DeepSpeed would free weights that are still in use"
+        )
+
+
+def _check_compilation(deepspeed_config: Mapping[str, Any]) -> None:
+    """DeepCompile gathers weights within compiled graphs alone, and what a graph cannot hold, as
+    the launch of this project's kernels, finds them gone: an illegal memory access (0.19.8)."""
+    if json_value(deepspeed_config, "compile.deepcompile"):
+        raise ValueError(
+            '"compile.deepcompile" in --deepspeed_config is true; valid: false, or to leave it '
+            "out: it cannot compile layers that call kernels of their own"
         )
 
 

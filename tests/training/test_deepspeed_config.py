@@ -194,6 +194,12 @@ def test_unknown_zero_field_is_refused_before_training(tmp_path):
         build(tmp_path, user, "--micro-batch-size", "1")
 
 
+def test_compiled_graphs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r'"compile.deepcompile" in .* is true; valid: false, or'):
+        build(tmp_path, {"compile": {"deepcompile": True}}, "--micro-batch-size", "1")
+    build(tmp_path, {"compile": {"deepcompile": False}}, "--micro-batch-size", "1")
+
+
 NVME = {"device": "nvme", "nvme_path": "/tmp"}
 STAGE_2 = ("--zero-stage", "2")
 
