@@ -120,10 +120,11 @@ def pays_to_keep(kept_weight: Tensor, saved: Tensor, *, of: int) -> bool:
 
     `saved [T, m]` is the side of the product that is sliced, m of the `of` features of a dense one,
     which backward keeps. Where leaving the others out has saved as much memory as the slice takes,
-    so that a step's peak stays below that of a dense one.
+    so that a step's peak stays below that of a dense one; and with fewer tokens than the slice has
+    features on its other side it may not be made up for, as parts of the gradient take that memory.
     """
     tokens, kept = saved.shape
-    return kept_weight.nbytes <= tokens * (of - kept) * saved.element_size()
+    return kept_weight.nbytes <= tokens * min(kept, of - kept) * saved.element_size()
 
 
 def _part(whole: int, kept: int, of: int, *, tokens: int) -> int:
@@ -134,7 +135,9 @@ def _part(whole: int, kept: int, of: int, *, tokens: int) -> int:
     left out, or few tokens are trained on, that is more memory than leaving them out has saved in
     activations: then in parts.
     """
-    saved = 2 * tokens * (of - kept)
+    # By the time of the last gradient of a layer, the queries', keys' and values', only what came
+    # in is still there to be smaller. With more tokens the peak is at an earlier one.
+    saved = (1 if 3 * tokens <= 2 * whole else 2) * tokens * (of - kept)
     parts = 1 if saved == 0 else min(_MOST_PARTS, -(-kept * whole // saved))
     # Rounded up to what keeps matrix products aligned.
     return min(whole, -(-whole // parts // _ALIGNED) * _ALIGNED)
