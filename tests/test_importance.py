@@ -81,6 +81,17 @@ def test_statistics_of_ranks_add_up(metric):
     )
 
 
+def test_sums_from_who_made_the_inputs_serve_where_they_are_the_statistic():
+    inputs, sums = torch.randn(6, IN), torch.full((IN,), 7.0, dtype=torch.float64)
+    total, count = statistic("maxip", inputs, sums=sums)
+    assert total.dtype == torch.float32 and torch.equal(total, sums.float()) and count == 6
+    mask = torch.tensor([True, False, True, True, False, True])
+    for metric, chosen in (("maxip", mask), ("wanda", None)):
+        total, count = statistic(metric, inputs, chosen, sums=sums)
+        expected, expected_count = statistic(metric, inputs, chosen)
+        assert torch.equal(total, expected) and count == expected_count
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_leading_dimensions_and_strides_do_not_matter(metric):
     inputs, _ = tensors()

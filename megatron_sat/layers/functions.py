@@ -30,8 +30,8 @@ class ColumnParallelSlicedLinear(torch.autograd.Function):
                                          communication of the input gradient
     ============  =====================  ====================================================
 
-    Keeps the sharded input, the Parameter, the indices and, where it pays, the slice: under ZeRO-3
-    the Parameter's storage comes and goes between forward and backward.
+    Keeps the sharded input, the Parameter, whose storage comes and goes under ZeRO-3, the indices
+    and, where it pays, the slice.
     """
 
     @staticmethod
@@ -56,7 +56,8 @@ class ColumnParallelSlicedLinear(torch.autograd.Function):
         y = column_forward(
             total.flatten(0, -2), kept_weight, index, bias=bias, unit=unit, sections=sections
         )
-        keeps = pays_to_keep(kept_weight, y, of=rows)
+        needs = ctx.needs_input_grad[:2]
+        keeps = pays_to_keep(kept_weight, y, of=rows, needs=needs)
         ctx.save_for_backward(x, weight, index, kept_weight if keeps else None)
         return y.view(*total.shape[:-1], y.shape[-1])
 
@@ -73,7 +74,7 @@ class ColumnParallelSlicedLinear(torch.autograd.Function):
         if kept_weight is None:
             kept_weight = gather_rows(weight, index, **slicing)
         dx = (dy2d @ kept_weight).view(*dy.shape[:-1], x.shape[-1])
-        del kept_weight  # not beside the weight's gradient
+        del kept_weight  # made anew, it is not beside the weight's gradient
         if gathering is not None:
             gathering.wait()
         if ctx.sequence_parallel:

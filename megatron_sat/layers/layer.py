@@ -6,6 +6,7 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_sat.layers.linear import SATColumnParallelLinear
 from megatron_sat.layers.norm import SATRMSNorm
 from megatron_sat.layers.residual import get_residual_add
 
@@ -17,7 +18,7 @@ _UNUSED = frozenset(("context", "context_mask", "padding_mask"))
 
 
 class SATTransformerLayer(TransformerLayer):
-    """Megatron-core's ``TransformerLayer``, whose norms add the residual on the way.
+    """Megatron-core's ``TransformerLayer``, whose norms add the residual and sum what scores need.
 
     Where a layer has more to it than a Llama layer in training has (dropout, layer norms, a part
     that is recomputed or offloaded, inference), it is the stock forward.
@@ -40,6 +41,8 @@ class SATTransformerLayer(TransformerLayer):
             and not self.recompute_mlp
             and not self.offload_attn_norm
             and not self.offload_mlp_norm
+            and isinstance(self.self_attention.linear_qkv, SATColumnParallelLinear)
+            and isinstance(getattr(self.mlp, "linear_fc1", None), SATColumnParallelLinear)
         )
 
     def forward(

@@ -89,7 +89,7 @@ class SATColumnParallelLinear(ColumnParallelLinear):
     def takes_sums(self) -> Callable[[Tensor], None] | None:
         """What is to be called with the sum over tokens, ``[h]`` float32, of the next input, where
         its subset will be decided by them: for who makes that input, and can sum it on the way."""
-        site = self.site
+        site, self._sums = self.site, None
         if site is None or not self.training or not site.is_sparse or site.subset is not None:
             return None
         state = site.state

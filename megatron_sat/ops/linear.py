@@ -2,10 +2,9 @@
 
 Shapes: T tokens; `weight [out, in]` whole; k kept units; m = sections * k * unit kept rows
 (column-sliced: the output features are sliced) or m = k * unit kept columns (row-sliced: the
-input features are sliced). `index [k]`: see `gather_scatter`. With k = 0 a part returns zeros
-of the right shape without a GEMM. A weight gradient is whole, exactly zero for what was left
-out, and has the operands' dtype; or it is added to the weight's `MainGradient`, in its kept units
-alone, and nothing is returned.
+input features are sliced). `index [k]`: see `gather_scatter`; k may be 0. A weight gradient is
+whole, exactly zero for what was left out, and has the operands' dtype; or it is added to the
+weight's `MainGradient`, in its kept units alone, and nothing is returned.
 
 The parts take 2-D operands and read no size from a weight that is not also multiplied, so a
 caller whose parameter is partitioned (ZeRO-3) may use them with sizes from its configuration.
@@ -17,6 +16,7 @@ Under autocast the operands may have different dtypes, and the GEMMs take autoca
 `torch.nn.functional.linear` do; backward runs under the autocast of its forward.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -115,16 +115,19 @@ def row_weight_grad(
     return whole
 
 
-def pays_to_keep(kept_weight: Tensor, saved: Tensor, *, of: int) -> bool:
+def pays_to_keep(kept_weight: Tensor, saved: Tensor, *, of: int, needs: Sequence[bool]) -> bool:
     """Whether backward takes the slice `kept_weight` from forward, instead of slicing again.
 
     `saved [T, m]` is the side of the product that is sliced, m of the `of` features of a dense one,
-    which backward keeps. Where leaving the others out has saved as much memory as the slice takes,
-    so that a step's peak stays below that of a dense one; and with fewer tokens than the slice has
-    features on its other side it may not be made up for, as parts of the gradient take that memory.
+    and `needs` says whether input and weight have gradients. It does where leaving the others out
+    has saved as much memory as the slice takes, so that a step's peak is at most that of a dense
+    one: backward keeps that side for the weight's gradient and for an activation that, as SwiGLU,
+    keeps what comes in. With fewer tokens than the slice has features on its other side it does
+    not: parts of the weight's gradient take that memory.
     """
     tokens, kept = saved.shape
-    return kept_weight.nbytes <= tokens * min(kept, of - kept) * saved.element_size()
+    room = tokens * min(kept, of - kept) * saved.element_size()
+    return all(needs) and kept_weight.nbytes <= room
 
 
 def _part(whole: int, kept: int, of: int, *, tokens: int) -> int:
@@ -170,7 +173,8 @@ class _ColumnSlicedLinear(torch.autograd.Function):
         ctx.autocast = _autocast_of(x)
         kept_weight = gather_rows(weight, index, **ctx.layout)
         y = column_forward(_tokens(x), kept_weight, index, bias=bias, **ctx.layout)
-        keeps = pays_to_keep(kept_weight, y, of=ctx.rows)
+        needs = ctx.needs_input_grad[:2]
+        keeps = pays_to_keep(kept_weight, y, of=ctx.rows, needs=needs)
         ctx.save_for_backward(x, weight, index, kept_weight if keeps else None)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -182,7 +186,7 @@ class _ColumnSlicedLinear(torch.autograd.Function):
         dy = _tokens(grad_output)
         dx = dweight = dbias = None
         with _same_autocast(ctx.autocast):
-            # The weight's gradient is the largest tensor: no new slice beside it, and dx only then.
+            # The weight's gradient is large: no new slice is beside it, and dx where there is one.
             if needs_x and kept_weight is None:
                 dx = (dy @ gather_rows(weight, index, **ctx.layout)).view_as(x)
             if needs_weight:
@@ -214,7 +218,8 @@ class _RowSlicedLinear(torch.autograd.Function):
         ctx.autocast = _autocast_of(x)
         kept_weight = gather_columns(weight, index, unit=unit)
         y = _tokens(x) @ kept_weight.t()
-        keeps = pays_to_keep(kept_weight, _tokens(x), of=ctx.columns)
+        needs = ctx.needs_input_grad[:2]
+        keeps = pays_to_keep(kept_weight, _tokens(x), of=ctx.columns, needs=needs)
         ctx.save_for_backward(x, weight, index, kept_weight if keeps else None)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -45,7 +45,7 @@ def _top_units_kernel(
         threshold = tl.where(enough, candidate, threshold)
         count = tl.where(enough, reached, count)
         bit -= 1
-    kept = live & (key >= threshold)
+    kept = key >= threshold
     if count != keep:  # equal values, of which the first are kept
         tied = live & (key == threshold)
         places_left = keep - tl.sum((key > threshold).to(tl.int32))

@@ -79,6 +79,7 @@ FIELDS = {
         _SECTION,
     ),
     "zero_optimization.stage": _WHOLE,
+    "compile.deepcompile": _SWITCH,
     "bf16.enabled": _SWITCH,
     "bfloat16.enabled": _SWITCH,
     "fp16.enabled": _SWITCH,

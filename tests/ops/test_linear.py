@@ -1,6 +1,7 @@
 """The sliced linears against a dense linear whose omitted units are multiplied by zero."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -198,14 +199,7 @@ def test_weight_gradients_in_parts_under_autocast() -> None:
 SLICED = [(run_column, (3, 12), (16, 12)), (run_row, (3, 4), (12, 8))]
 
 
-@pytest.mark.parametrize("tokens", [3, 300])
-@pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
-def test_the_inputs_the_whole_weight_the_index_and_a_slice_that_is_small_are_saved(
-    run: Callable[..., Tensor], x_shape: tuple[int, ...], weight_shape: tuple[int, ...], tokens: int
-) -> None:
-    x = leaf(tokens, x_shape[1], dtype=torch.float32)
-    weight = leaf(*weight_shape, dtype=torch.float32)
-    index = torch.tensor([1, 3])
+def saved_by(run: Callable[..., Tensor], *operands: Tensor) -> list[Tensor]:
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -213,11 +207,71 @@ def test_the_inputs_the_whole_weight_the_index_and_a_slice_that_is_small_are_sav
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(x, weight, index)
-    pointers = [tensor.untyped_storage().data_ptr() for tensor in saved]
-    assert pointers[:3] == [tensor.untyped_storage().data_ptr() for tensor in (x, weight, index)]
-    # Two of four units: with more tokens than features that are not sliced.
-    assert [t.numel() for t in saved[3:]] == ([weight.numel() // 2] if tokens == 300 else [])
+        run(*operands)
+    return saved
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+# Half of the units: as much memory as the slice takes is saved with as many tokens as the side of
+# the weight that is not sliced has features.
+@pytest.mark.parametrize(("more", "keeps"), [(-1, False), (0, True), (1, True)])
+@pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
+def test_a_slice_is_saved_where_it_takes_no_more_than_was_spared(
+    run: Callable[..., Tensor],
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    more: int,
+    keeps: bool,
+) -> None:
+    tokens = 12 + more
+    x = leaf(tokens, x_shape[1], dtype=torch.float32)
+    weight, index = leaf(*weight_shape, dtype=torch.float32), torch.tensor([1, 3])
+    inputs = [x, weight, index]
+    saved = saved_by(run, *inputs)
+    assert all(same_memory(*pair) for pair in zip(saved, inputs, strict=False))
+    assert [t.numel() for t in saved[3:]] == ([weight.numel() // 2] if keeps else [])
+    # In float32 it is twice what bfloat16 activations spare.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(saved_by(run, x.bfloat16(), weight, index)) == 3
+
+
+@pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
+def test_no_slice_is_saved_where_a_dense_product_would_save_nothing(
+    run: Callable[..., Tensor], x_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+) -> None:
+    index = torch.tensor([1, 3])
+    for x_learns in (True, False):
+        x = torch.randn(300, x_shape[1], requires_grad=x_learns)
+        weight = torch.randn(*weight_shape, requires_grad=not x_learns)
+        assert len(saved_by(run, x, weight, index)) == 3
+
+
+@pytest.mark.parametrize(("tokens", "gathers"), [(3, 2), (300, 1)])
+@pytest.mark.parametrize(("run", "x_shape", "weight_shape"), SLICED)
+def test_a_slice_that_is_saved_is_made_once(
+    run: Callable[..., Tensor],
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    tokens: int,
+    gathers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    for name in ("gather_rows", "gather_columns"):
+        gather = getattr(linear, name)
+
+        def counted(*args: Any, gather: Any = gather, **kwargs: Any) -> Tensor:
+            made.append(gather(*args, **kwargs))
+            return made[-1]
+
+        monkeypatch.setattr(linear, name, counted)
+    x = leaf(tokens, x_shape[1], dtype=torch.float32)
+    weight = leaf(*weight_shape, dtype=torch.float32)
+    run(x, weight, torch.tensor([1, 3])).sum().backward()
+    assert len(made) == gathers
 
 
 @pytest.mark.parametrize("tokens", [3, 300])

@@ -281,7 +281,9 @@ def test_norms_equal_the_pytorch_form(
         with force_backend(form):
             added = leaves[1] if adds else None
             *outputs, sums = add_rms_norm(leaves[0], added, leaves[2], eps=1e-5, sums=summed)
-            found += [sums] if summed else []
+            if summed:
+                exact = outputs[0].detach().double().sum(dim=(0, 1))
+                torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-5)
             for given in (outputs, outputs[:1]):  # with and without a gradient of the sum
                 gradients = (dy, dtotal)[: len(given)]
                 found += torch.autograd.grad(given, inputs, gradients, retain_graph=True)
