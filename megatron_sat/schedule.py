@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from megatron_sat.config import SATConfig, Schedule
 
+# Rungs of a ladder that a line names; of more, the first ones and the last.
+_RUNGS_SHOWN = 8
+
 
 class Stage(NamedTuple):
     """Consecutive steps, `first_step` to `last_step` with both, at one omission rate."""
@@ -86,6 +89,28 @@ class OmissionSchedule:
                 first = stages.pop().first_step
             stages.append(Stage(first, last, rate))
         return stages
+
+    def describe(self) -> list[str]:
+        """The schedule in a line; and, in another, rates of a ladder that come to no step."""
+        start = (
+            f"rate {self.omission_rate} up to step {self.decay_start_step} of {self.total_steps}"
+        )
+        if self.schedule != "ladder":
+            return [f"{start}, then {self.schedule}"]
+        later = [stage for stage in self.stages() if stage.first_step > self.decay_start_step]
+        rungs = [f"{stage.rate:.4g} up to {stage.last_step}" for stage in later]
+        if len(rungs) > _RUNGS_SHOWN:
+            rungs[_RUNGS_SHOWN - 2 : -1] = ["..."]
+        lines = [f"{start}, then {', '.join(rungs) or 'the end'} (ladder)"]
+        reached = {stage.rate for stage in later}
+        rates = [self._rung_rate(rung) for rung in range(1, self.ladder_rungs + 1)]
+        left = [f"{rate:.4g}" for rate in rates if rate not in reached]
+        if left and later:
+            lines.append(
+                f"no step is left for {', '.join(left)}: {self.ladder_rungs} rungs, each twice as "
+                f"long as the last, share what follows step {self.decay_start_step}"
+            )
+        return lines
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
         """Runs of steps, in order, over which the formula gives one rate; none is empty."""

@@ -150,3 +150,26 @@ def test_stages_are_the_longest_runs_and_cover_every_step(kind, rate):
 def test_steps_are_counted_from_one(step):
     with pytest.raises(ValueError, match=f"step is {step}; valid: 1 or more"):
         schedule().rate(step)
+
+
+def test_a_schedule_is_said_in_a_line():
+    assert schedule().describe() == [
+        "rate 0.5 up to step 2000 of 3000, then 0.4 up to 2032, 0.3 up to 2096, 0.2 up to 2225, "
+        "0.1 up to 2483, 0 up to 3000 (ladder)"
+    ]
+    assert schedule("cosine").describe() == ["rate 0.5 up to step 2000 of 3000, then cosine"]
+    (line,) = schedule(rungs=10, total=30000).describe()
+    assert line.count(" up to ") == 1 + 7 and ", ..., 0 up to 30000 (ladder)" in line
+    (line,) = schedule(start=3000).describe()
+    assert line == "rate 0.5 up to step 3000 of 3000, then the end (ladder)"
+
+
+def test_rates_that_come_to_no_step_are_said():
+    line, note = schedule(total=24, start=18).describe()
+    assert (
+        line == "rate 0.5 up to step 18 of 24, then 0.2 up to 19, 0.1 up to 20, 0 up to 24 (ladder)"
+    )
+    assert note == (
+        "no step is left for 0.4, 0.3: 5 rungs, each twice as long as the last, share what follows "
+        "step 18"
+    )

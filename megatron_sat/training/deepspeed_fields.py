@@ -117,8 +117,7 @@ def check_fields(user: Mapping[str, Any], *, where: str) -> None:
     _check_numbers(user, "", where)
     for name in user:
         if name not in FIELDS or "." in name:
-            like = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f'; is it "{like[0]}"?' if like else ""
+            hint = nearest(name, FIELDS)
             raise ValueError(f'{where}: DeepSpeed has no field "{shorten(name)}"{hint}')
     for path, valid in FIELDS.items():
         section, _, name = path.rpartition(".")
@@ -127,6 +126,48 @@ def check_fields(user: Mapping[str, Any], *, where: str) -> None:
             continue
         if not _is(holder[name], valid):
             raise ValueError(f'{where}: "{path}" is {shorten(repr(holder[name]))}; valid: {valid}')
+
+
+def check_switches(deepspeed_config: Mapping[str, Any]) -> list[str]:
+    """Refuse what is not true or false for a switch within a section: DeepSpeed takes "yes" as well.
+    Returns the names of all fields of sections.
+
+    Raises:
+        ValueError: with the field, its value and what would be valid.
+    """
+    import deepspeed.runtime.config  # noqa: F401 so that all classes of sections are there
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    switches: dict[str, bool] = {}  # by name, and by that of the JSON: it is one wherever it is
+    classes = DeepSpeedConfigModel.__subclasses__()
+    while classes:
+        model = classes.pop()
+        classes += model.__subclasses__()
+        for name, field in model.model_fields.items():
+            for known in {name, field.alias or name}:
+                is_switch = field.annotation in (bool, bool | None)
+                switches[known] = is_switch and switches.get(known, True)
+    for section, fields in deepspeed_config.items():
+        if isinstance(fields, Mapping):
+            _check_switches(fields, section, switches)
+    return list(switches)
+
+
+def _check_switches(fields: Mapping[str, Any], path: str, switches: Mapping[str, bool]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            _check_switches(value, f"{path}.{name}", switches)
+        elif switches.get(name) and not isinstance(value, bool | None):
+            raise ValueError(
+                f'"{path}.{name}" in --deepspeed_config is {shorten(repr(value))}; valid: true or '
+                "false"
+            )
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A question, to put behind "no field `name`", whether the nearest of `names` is meant."""
+    like = difflib.get_close_matches(name, names, n=1)
+    return f'; is it "{like[0]}"?' if like else ""
 
 
 def _check_numbers(value: Any, path: str, where: str) -> None:

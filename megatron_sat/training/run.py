@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import megatron_sat
 from megatron_sat.checkpoint.hf_import import HFWeights
+from megatron_sat.schedule import OmissionSchedule
 from megatron_sat.state import SATState
 from megatron_sat.training.autotune import autotune, check_resumed
 from megatron_sat.training.checkpoint import (
@@ -334,11 +335,12 @@ def _describe(
         lines.append(" dense training (no --sat-omission-rate)")
     else:
         sat = config.sat
+        schedule, *notes = OmissionSchedule.from_config(sat).describe()
         lines.append(
-            f" sparsity-accelerated training: rate {sat.omission_rate} up to step "
-            f"{sat.decay_start_step} of {sat.total_steps}, then {sat.schedule}; {sat.metric}, "
-            f"{sat.selection}, {' and '.join(sat.modules)}"
+            f" sparsity-accelerated training: {schedule}; {sat.metric}, {sat.selection}, "
+            f"{' and '.join(sat.modules)}"
         )
+        lines += [f" {note}" for note in notes]
         left_out = state.effective_rates_at(sat.omission_rate)
         lines.append(
             f" as it runs, that leaves out {left_out['attention']:.3f} of the heads and "

@@ -353,3 +353,34 @@ def test_a_secret_is_refused_where_deepspeed_would_print_it(tmp_path):
     assert "s3cret" not in str(error.value)
     unset = {"train_micro_batch_size_per_gpu": 1, "comet": {"api_key": None}}
     assert parse(tmp_path, unset).deepspeed_config == unset
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        (
+            {"stage3_prefetch_bucket_sise": 1000},
+            r'no field "zero_optimization.stage3_prefetch_bucket_sise"; '
+            r'is it "stage3_prefetch_bucket_size"\?',
+        ),
+        (
+            {"offload_optimizer": {"device": "cpu", "pin_memoy": True}},
+            r'no field "zero_optimization.offload_optimizer.pin_memoy"; is it "pin_memory"\?',
+        ),
+        (
+            {"overlap_comm": "yes"},
+            r'"zero_optimization.overlap_comm" in .* is \'yes\'; valid: true or false',
+        ),
+        (
+            {"offload_optimizer": {"device": "cpu", "pin_memory": 1}},
+            r'"zero_optimization.offload_optimizer.pin_memory" in .* is 1; valid: true or false',
+        ),
+        (
+            {"stage3_gather_16bit_weights_on_model_save": "no"},
+            r'stage3_gather_16bit_weights_on_model_save" in .* is \'no\'; valid: true or false',
+        ),
+    ],
+)
+def test_fields_of_sections_are_refused_as_those_of_the_top(tmp_path, zero, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, {"zero_optimization": zero}, "--micro-batch-size", "1")
