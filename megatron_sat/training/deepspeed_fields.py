@@ -129,8 +129,9 @@ def check_fields(user: Mapping[str, Any], *, where: str) -> None:
 
 
 def check_switches(deepspeed_config: Mapping[str, Any]) -> list[str]:
-    """Refuse what is not true or false for a switch within a section: DeepSpeed takes "yes" as well.
-    Returns the names of all fields of sections.
+    """Refuse what is not true or false for a switch within a section; DeepSpeed takes "yes" as well.
+
+    Returns: the names of all fields of sections.
 
     Raises:
         ValueError: with the field, its value and what would be valid.
