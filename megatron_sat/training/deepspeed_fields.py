@@ -129,7 +129,7 @@ def check_fields(user: Mapping[str, Any], *, where: str) -> None:
 
 
 def check_switches(deepspeed_config: Mapping[str, Any]) -> list[str]:
-    """Refuse what is not true or false for a switch within a section; DeepSpeed takes "yes" as well.
+    """Refuse what is not true or false for a switch within a section: DeepSpeed takes "yes" too.
 
     Returns: the names of all fields of sections.
 
