@@ -183,12 +183,13 @@ def _check_tensor_parallel(config: TrainingConfig) -> None:
 def _check_recomputation(config: TrainingConfig) -> None:
     parallel, layers = config.parallel, config.model.num_layers
     if parallel.recompute_granularity == "full":
-        if parallel.recompute_method is None:
-            raise ValueError(
-                "--recompute-granularity full needs --recompute-method uniform or block"
-            )
         count = parallel.recompute_num_layers
-        if count is None or not 1 <= count <= layers:
+        if parallel.recompute_method is None or count is None:
+            raise ValueError(
+                "--recompute-granularity full needs --recompute-method uniform or block and "
+                f"--recompute-num-layers, 1 to --num-layers, which is {layers}"
+            )
+        if not 1 <= count <= layers:
             raise ValueError(
                 f"--recompute-num-layers is {count}; valid with --recompute-granularity full: 1 to "
                 f"--num-layers, which is {layers}"

@@ -222,7 +222,14 @@ GQA = "--num-query-groups 2 "
         ),
         ("--kv-channels 3", r"--kv-channels 3 .*rotates 3 channels"),
         ("--global-batch-size 24", r"--global-batch-size 24 is not a multiple .* 2 x 8"),
-        ("--recompute-granularity full", r"needs --recompute-method"),
+        *(
+            (flags, r"--recompute-method .* and --recompute-num-layers, 1 to .*which is 2")
+            for flags in (
+                "--recompute-granularity full",
+                "--recompute-granularity full --recompute-num-layers 1",
+                "--recompute-granularity full --recompute-method block",
+            )
+        ),
         (
             "--recompute-granularity full --recompute-method block --recompute-num-layers 3",
             r"--recompute-num-layers is 3; .*which is 2",

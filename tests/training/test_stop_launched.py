@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -97,5 +98,6 @@ def test_torchrun_hands_sigterm_on(tmp_path, tiny_data):
         assert run.ends() == 1  # whatever its ranks end with
         assert run.checkpoints() == 1
         text = run.log.read_text()
-        assert "stopped: SIGTERM (rank 1) after iteration" in text
+        # Both get it, one after the other, and a step may end in between.
+        assert re.search(r"stopped: SIGTERM \(rank [01]\) after iteration", text)
         assert "DataLoader worker" not in text
