@@ -92,23 +92,25 @@ class OmissionSchedule:
 
     def describe(self) -> list[str]:
         """The schedule in a line; and, in another, rates of a ladder that come to no step."""
-        start = (
-            f"rate {self.omission_rate} up to step {self.decay_start_step} of {self.total_steps}"
-        )
+        rate, eta, total = self.omission_rate, self.decay_start_step, self.total_steps
+        if self.schedule == "constant" or eta == total:
+            return [f"rate {rate} in all {total} steps"]
+        start = f"rate {rate} up to step {eta} of {total}, then " if eta else f"{total} steps: "
         if self.schedule != "ladder":
-            return [f"{start}, then {self.schedule}"]
-        later = [stage for stage in self.stages() if stage.first_step > self.decay_start_step]
+            return [f"{start}{self.schedule} from {rate} to 0"]
+        later = [stage for stage in self.stages() if stage.first_step > eta]
         rungs = [f"{stage.rate:.4g} up to {stage.last_step}" for stage in later]
         if len(rungs) > _RUNGS_SHOWN:
             rungs[_RUNGS_SHOWN - 2 : -1] = ["..."]
-        lines = [f"{start}, then {', '.join(rungs) or 'the end'} (ladder)"]
+        lines = [f"{start}{', '.join(rungs)} (ladder)"]
         reached = {stage.rate for stage in later}
         rates = [self._rung_rate(rung) for rung in range(1, self.ladder_rungs + 1)]
-        left = [f"{rate:.4g}" for rate in rates if rate not in reached]
-        if left and later:
+        # The first ones, as each rung is twice as long as the last.
+        if left := [f"{rate:.4g}" for rate in rates if rate not in reached]:
             lines.append(
-                f"no step is left for {', '.join(left)}: {self.ladder_rungs} rungs, each twice as "
-                f"long as the last, share what follows step {self.decay_start_step}"
+                f"no step is left for {' to '.join(dict.fromkeys((left[0], left[-1])))}: "
+                f"{self.ladder_rungs} rungs, each twice as long as the last, share what follows "
+                f"step {eta}"
             )
         return lines
 

@@ -58,6 +58,8 @@ class Site:
         self.tensor_parallel_rank = tensor_parallel_rank
         self.tensor_parallel_size = tensor_parallel_size
         self.subset: Subset | None = None
+        # What decides the subset, summed over tokens by who made it, on the way to who decides.
+        self.sums: Tensor | None = None
         self.ranking: Tensor | None = None
         # The last count: asked for several times a step, of one rate.
         self._counted = (-1.0, 0)
@@ -116,6 +118,10 @@ class Site:
         if self.groups % self.tensor_parallel_size:
             return None
         return self.kept_per_group(self.state.rate) * self.groups // self.tensor_parallel_size
+
+    def take_sums(self, sums: Tensor) -> None:
+        """Keep ``sums`` ``[h]`` for who decides."""
+        self.sums = sums
 
     def decide(self, scores: Tensor) -> Subset:
         """Choose and store the subset of this step.

@@ -157,7 +157,7 @@ class SATState:
     def _forget(self) -> None:
         self._noise.clear()
         for site in self.sites.values():
-            site.subset = None
+            site.subset = site.sums = None
 
     def noise(self, site: Site, device: torch.device) -> Tensor:
         """Gumbel noise ``[units]`` float32 of ``site`` for this step (or micro-batch), equation 8.

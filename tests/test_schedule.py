@@ -157,11 +157,17 @@ def test_a_schedule_is_said_in_a_line():
         "rate 0.5 up to step 2000 of 3000, then 0.4 up to 2032, 0.3 up to 2096, 0.2 up to 2225, "
         "0.1 up to 2483, 0 up to 3000 (ladder)"
     ]
-    assert schedule("cosine").describe() == ["rate 0.5 up to step 2000 of 3000, then cosine"]
+    assert schedule("cosine").describe() == [
+        "rate 0.5 up to step 2000 of 3000, then cosine from 0.5 to 0"
+    ]
+    assert schedule("linear", start=0).describe() == ["3000 steps: linear from 0.5 to 0"]
+    assert schedule("constant").describe() == ["rate 0.5 in all 3000 steps"]
+    (line,) = schedule(start=0, total=310).describe()
+    assert line.startswith("310 steps: 0.4 up to ") and line.endswith(", 0 up to 310 (ladder)")
     (line,) = schedule(rungs=10, total=30000).describe()
     assert line.count(" up to ") == 1 + 7 and ", ..., 0 up to 30000 (ladder)" in line
     (line,) = schedule(start=3000).describe()
-    assert line == "rate 0.5 up to step 3000 of 3000, then the end (ladder)"
+    assert line == "rate 0.5 in all 3000 steps"
 
 
 def test_rates_that_come_to_no_step_are_said():
@@ -170,6 +176,7 @@ def test_rates_that_come_to_no_step_are_said():
         line == "rate 0.5 up to step 18 of 24, then 0.2 up to 19, 0.1 up to 20, 0 up to 24 (ladder)"
     )
     assert note == (
-        "no step is left for 0.4, 0.3: 5 rungs, each twice as long as the last, share what follows "
-        "step 18"
+        "no step is left for 0.4 to 0.3: 5 rungs, each twice as long as the last, share what "
+        "follows step 18"
     )
+    assert "no step is left for 0.4: " in schedule(total=2030).describe()[1]

@@ -41,7 +41,9 @@ class SATTransformerLayer(TransformerLayer):
             and not self.recompute_mlp
             and not self.offload_attn_norm
             and not self.offload_mlp_norm
-            and isinstance(self.self_attention.linear_qkv, SATColumnParallelLinear)
+            and isinstance(
+                getattr(self.self_attention, "linear_qkv", None), SATColumnParallelLinear
+            )
             and isinstance(getattr(self.mlp, "linear_fc1", None), SATColumnParallelLinear)
         )
 

@@ -28,7 +28,6 @@ class SATColumnParallelLinear(ColumnParallelLinear):
     """
 
     site: Site | None = None
-    _sums: Tensor | None = None
 
     def attach(
         self, site: Site, layout: ChannelLayout | HeadLayout, communicator: ScoreCommunicator
@@ -89,16 +88,13 @@ class SATColumnParallelLinear(ColumnParallelLinear):
     def takes_sums(self) -> Callable[[Tensor], None] | None:
         """What is to be called with the sum over tokens, ``[h]`` float32, of the next input, where
         its subset will be decided by them: for who makes that input, and can sum it on the way."""
-        site, self._sums = self.site, None
+        site = self.site
         if site is None or not self.training or not site.is_sparse or site.subset is not None:
             return None
         state = site.state
         if state.token_mask is not None or state.require_config().metric != "maxip":
             return None
-        return self._take_sums
-
-    def _take_sums(self, sums: Tensor) -> None:
-        self._sums = sums
+        return site.take_sums
 
     @torch.no_grad()
     def _decide(self, site: Site, input_: Tensor) -> Subset:
@@ -106,7 +102,7 @@ class SATColumnParallelLinear(ColumnParallelLinear):
         metric, layout = site.state.require_config().metric, self.layout
         total = count = None
         if importance.needs_statistic(metric):
-            sums, self._sums = self._sums, None
+            sums, site.sums = site.sums, None
             mask = self._token_mask(site)
             total, count = importance.statistic(metric, input_, mask, sums=sums)
             total, count = self.communicator.reduce_statistic(total, count)

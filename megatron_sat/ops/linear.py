@@ -140,7 +140,7 @@ def _part(whole: int, kept: int, of: int, *, tokens: int) -> int:
     """
     # By the time of the last gradient of a layer, the queries', keys' and values', only what came
     # in is still there to be smaller. With more tokens the peak is at an earlier one.
-    saved = (1 if 3 * tokens <= 2 * whole else 2) * tokens * (of - kept)
+    saved = (1 if 5 * tokens < 4 * whole else 2) * tokens * (of - kept)
     parts = 1 if saved == 0 else min(_MOST_PARTS, -(-kept * whole // saved))
     # Rounded up to what keeps matrix products aligned.
     return min(whole, -(-whole // parts // _ALIGNED) * _ALIGNED)

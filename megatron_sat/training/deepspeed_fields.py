@@ -6,7 +6,8 @@ be left out in silence, and looks at the types of many others only when they are
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from megatron_sat.bad_input import shorten
 
@@ -14,6 +15,7 @@ _WHOLE = "a whole number"
 _NUMBER = "a number"
 _SWITCH = "true or false"
 _TEXT = "a string"
+_TEXT_OR_NONE = "a string or null"
 _SECTION = "a JSON object"
 _DTYPE = "fp32, bf16 or fp16"
 
@@ -88,14 +90,22 @@ FIELDS = {
     "flops_profiler.profile_step": _WHOLE,
     "flops_profiler.module_depth": _WHOLE,
     "flops_profiler.top_modules": _WHOLE,
+    "flops_profiler.recompute_fwd_factor": _NUMBER,
+    "flops_profiler.output_file": _TEXT_OR_NONE,
     "aio.block_size": _WHOLE,
     "aio.queue_depth": _WHOLE,
     "aio.intra_op_parallelism": _WHOLE,
+    "aio.single_submit": _SWITCH,
+    "aio.overlap_events": _SWITCH,
+    "aio.use_gds": _SWITCH,
     "data_types.grad_accum_dtype": _DTYPE,
     "data_types.param_dtype": _DTYPE,
     "data_types.buffer_dtype": _DTYPE,
 }
 """DeepSpeed 0.19's fields, and what each holds."""
+
+# Sections all of whose fields are above: DeepSpeed has no class of them.
+_LISTED = ("aio", "data_types", "flops_profiler")
 
 
 def json_value(user: Mapping[str, Any], field: str) -> Any:
@@ -119,6 +129,14 @@ def check_fields(user: Mapping[str, Any], *, where: str) -> None:
         if name not in FIELDS or "." in name:
             hint = nearest(name, FIELDS)
             raise ValueError(f'{where}: DeepSpeed has no field "{shorten(name)}"{hint}')
+    for section in _LISTED:
+        for name in user.get(section, {}) if isinstance(user.get(section), Mapping) else ():
+            if f"{section}.{name}" not in FIELDS:
+                listed = [path for path in FIELDS if path.startswith(f"{section}.")]
+                hint = nearest(f"{section}.{name}", listed)
+                raise ValueError(
+                    f'{where}: DeepSpeed has no field "{section}.{shorten(name)}"{hint}'
+                )
     for path, valid in FIELDS.items():
         section, _, name = path.rpartition(".")
         holder = user.get(section, {}) if section else user
@@ -128,37 +146,43 @@ def check_fields(user: Mapping[str, Any], *, where: str) -> None:
             raise ValueError(f'{where}: "{path}" is {shorten(repr(holder[name]))}; valid: {valid}')
 
 
-def check_switches(deepspeed_config: Mapping[str, Any]) -> list[str]:
-    """Refuse what is not true or false for a switch within a section: DeepSpeed takes "yes" too.
-
-    Returns: the names of all fields of sections.
+def check_sections(deepspeed_config: Mapping[str, Any]) -> None:
+    """Refuse a field that its section lacks, by DeepSpeed's own classes of sections, and for a
+    switch what is not true or false: DeepSpeed takes "yes" as well.
 
     Raises:
         ValueError: with the field, its value and what would be valid.
     """
-    import deepspeed.runtime.config  # noqa: F401 so that all classes of sections are there
-    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    switches: dict[str, bool] = {}  # by name, and by that of the JSON: it is one wherever it is
-    classes = DeepSpeedConfigModel.__subclasses__()
-    while classes:
-        model = classes.pop()
-        classes += model.__subclasses__()
-        for name, field in model.model_fields.items():
-            for known in {name, field.alias or name}:
-                is_switch = field.annotation in (bool, bool | None)
-                switches[known] = is_switch and switches.get(known, True)
-    for section, fields in deepspeed_config.items():
-        if isinstance(fields, Mapping):
-            _check_switches(fields, section, switches)
-    return list(switches)
+    models = {
+        "bf16": DeepSpeedBF16Config,
+        "bfloat16": DeepSpeedBF16Config,
+        "compile": CompileConfig,
+        "zero_optimization": DeepSpeedZeroConfig,
+    }
+    for section, model in models.items():
+        if isinstance(fields := deepspeed_config.get(section), Mapping):
+            _check_section(fields, section, model)
 
 
-def _check_switches(fields: Mapping[str, Any], path: str, switches: Mapping[str, bool]) -> None:
+def _check_section(fields: Mapping[str, Any], path: str, model: Any) -> None:
+    known = {name: field.annotation for name, field in model.model_fields.items()}
+    known |= {field.alias: known[name] for name, field in model.model_fields.items() if field.alias}
     for name, value in fields.items():
+        if name not in known:
+            raise ValueError(
+                f'--deepspeed_config: DeepSpeed has no field "{path}.{shorten(name)}"'
+                f"{nearest(name, known)}"
+            )
+        kinds = get_args(known[name]) or (known[name],)  # of X | None: both
         if isinstance(value, Mapping):
-            _check_switches(value, f"{path}.{name}", switches)
-        elif switches.get(name) and not isinstance(value, bool | None):
+            for kind in kinds:
+                if hasattr(kind, "model_fields"):
+                    _check_section(value, f"{path}.{name}", kind)
+        elif set(kinds) <= {bool, NoneType} and not isinstance(value, bool | None):
             raise ValueError(
                 f'"{path}.{name}" in --deepspeed_config is {shorten(repr(value))}; valid: true or '
                 "false"
@@ -189,8 +213,8 @@ def _is(value: Any, kind: str) -> bool:
         return isinstance(value, dict)
     if kind == _SWITCH:
         return isinstance(value, bool)
-    if kind == _TEXT:
-        return isinstance(value, str)
+    if kind in (_TEXT, _TEXT_OR_NONE):
+        return isinstance(value, str) or (value is None and kind == _TEXT_OR_NONE)
     if kind == _DTYPE:
         return value is None or value in ("fp32", "bf16", "fp16")
     return not isinstance(value, bool) and isinstance(value, int if kind == _WHOLE else int | float)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_sat import SATState, importance
 from megatron_sat.layers import get_gpt_layer_sat_spec
-from megatron_sat.layers.linear import SATColumnParallelLinear
 from megatron_sat.ops import norm
 from megatron_sat.ops.backend import force_backend
 from megatron_sat.testing import RankError, run_on_ranks
@@ -124,8 +123,7 @@ def with_sums_from_norms() -> tuple[dict, dict, Statistics, list[Tensor]]:
         forward(model.train())
         forward(model)  # decides nothing
         forward(model.eval())
-        linears = [m for m in model.modules() if isinstance(m, SATColumnParallelLinear)]
-        left = [linear._sums for linear in linears if linear._sums is not None]
+        left = [site.sums for site in state.sites.values() if site.sums is not None]
         state.begin_step(2)
         state.begin_micro_batch(0, torch.ones(BATCH, SEQUENCE, dtype=torch.bool))
         forward(model.train())  # which the norms cannot sum: not all tokens count
@@ -162,7 +160,7 @@ def after_a_failure() -> tuple[dict, dict]:
                 contextlib.suppress(KeyError),
             ):
                 forward(model, seed=1)
-            assert linear._sums is not None
+            assert state.sites["2.mlp"].sums is not None
             hook.remove()
         state.begin_step(2)
         forward(model)
