@@ -43,6 +43,15 @@ def needs_statistic(metric: str) -> bool:
     return _checked(metric) in ("wanda", "maxip")
 
 
+def takes_sums(metric: str, mask: Tensor | None) -> bool:
+    """Whether the statistic is the plain sum of all inputs, which who makes them may bring along.
+
+    Raises:
+        ValueError: for an unknown metric.
+    """
+    return _checked(metric) == "maxip" and mask is None
+
+
 def statistic(
     metric: str, inputs: Tensor, mask: Tensor | None = None, *, sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -52,8 +61,8 @@ def statistic(
         metric: "maxip" sums the inputs, "wanda" their squares; the others nothing.
         inputs: activations `[..., in]`.
         mask: bool `[...]`, true where a token counts; None if all do.
-        sums: `[in]`, the inputs summed over all tokens, from who made them: for "maxip" without a
-            mask, which then reads no input.
+        sums: `[in]`, the inputs summed over all tokens, from who made them; used in place of the
+            inputs where `takes_sums`.
 
     Returns:
         The sum, `[in]` float32, and the count, float32 without dimensions: a tensor, so that one
@@ -75,7 +84,7 @@ def statistic(
         count = mask.sum(dtype=torch.float32)
     if not needs_statistic(metric):
         return torch.zeros(inputs.shape[-1], dtype=torch.float32, device=inputs.device), count
-    if sums is not None and metric == "maxip" and mask is None:
+    if sums is not None and takes_sums(metric, mask):
         return sums.float(), count
     if mask is not None:
         # Not a product: what stands in the padding may be infinite or NaN.

@@ -69,13 +69,12 @@ class SATCallback(TrainerCallback, ExportableState):
             attachment.state.reset()  # auto_find_batch_size begins several times
         attachment.group.connect(timeout=datetime.timedelta(seconds=args.ddp_timeout))
         self._attachment = attachment
-        logger.info(
-            "SAT: omission rate %s up to step %d of %d; after rounding %s",
-            self.config.omission_rate,
-            self.config.decay_start_step,
-            self.config.total_steps,
-            attachment.state.effective_rates_at(self.config.omission_rate),
-        )
+        assert attachment.state.schedule is not None
+        schedule, *notes = attachment.state.schedule.describe()
+        left_out = attachment.state.effective_rates_at(self.config.omission_rate)
+        logger.info("SAT: %s; after rounding %s", schedule, left_out)
+        for note in notes:
+            logger.info("SAT: %s", note)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

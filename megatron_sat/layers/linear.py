@@ -92,9 +92,8 @@ class SATColumnParallelLinear(ColumnParallelLinear):
         if site is None or not self.training or not site.is_sparse or site.subset is not None:
             return None
         state = site.state
-        if state.token_mask is not None or state.require_config().metric != "maxip":
-            return None
-        return site.take_sums
+        takes = importance.takes_sums(state.require_config().metric, state.token_mask)
+        return site.take_sums if takes else None
 
     @torch.no_grad()
     def _decide(self, site: Site, input_: Tensor) -> Subset:

@@ -32,8 +32,9 @@ from megatron_sat.ops.gather_scatter import (
 )
 from megatron_sat.ops.main_gradient import MainGradient, main_gradient_of
 
-# A weight gradient is made in this many parts at most, of multiples of so many features.
-_MOST_PARTS, _ALIGNED = 8, 64
+# A weight gradient is made in at most so many parts, of multiples of so many features; where tokens
+# are few, in parts of at least so many features.
+_MOST_PARTS, _ALIGNED, _NARROWEST = 8, 64, 128
 
 
 def column_forward(
@@ -140,8 +141,10 @@ def _part(whole: int, kept: int, of: int, *, tokens: int) -> int:
     """
     # By the time of the last gradient of a layer, the queries', keys' and values', only what came
     # in is still there to be smaller. With more tokens the peak is at an earlier one.
-    saved = (1 if 5 * tokens < 4 * whole else 2) * tokens * (of - kept)
-    parts = 1 if saved == 0 else min(_MOST_PARTS, -(-kept * whole // saved))
+    few = 5 * tokens < 4 * whole
+    saved = (1 if few else 2) * tokens * (of - kept)
+    most = max(1, whole // _NARROWEST) if few else _MOST_PARTS
+    parts = 1 if saved == 0 else min(most, -(-kept * whole // saved))
     # Rounded up to what keeps matrix products aligned.
     return min(whole, -(-whole // parts // _ALIGNED) * _ALIGNED)
 

@@ -81,7 +81,6 @@ FIELDS = {
         _SECTION,
     ),
     "zero_optimization.stage": _WHOLE,
-    "compile.deepcompile": _SWITCH,
     "bf16.enabled": _SWITCH,
     "bfloat16.enabled": _SWITCH,
     "fp16.enabled": _SWITCH,
@@ -153,14 +152,21 @@ def check_sections(deepspeed_config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with the field, its value and what would be valid.
     """
+    from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
+    from deepspeed.monitor import config as monitor
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     models = {
         "bf16": DeepSpeedBF16Config,
         "bfloat16": DeepSpeedBF16Config,
+        "comet": monitor.CometConfig,
+        "comms_logger": CommsLoggerConfig,
         "compile": CompileConfig,
+        "csv_monitor": monitor.CSVConfig,
+        "tensorboard": monitor.TensorBoardConfig,
+        "wandb": monitor.WandbConfig,
         "zero_optimization": DeepSpeedZeroConfig,
     }
     for section, model in models.items():

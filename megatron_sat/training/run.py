@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 import megatron_sat
 from megatron_sat.checkpoint.hf_import import HFWeights
-from megatron_sat.schedule import OmissionSchedule
 from megatron_sat.state import SATState
 from megatron_sat.training.autotune import autotune, check_resumed
 from megatron_sat.training.checkpoint import (
@@ -335,7 +334,8 @@ def _describe(
         lines.append(" dense training (no --sat-omission-rate)")
     else:
         sat = config.sat
-        schedule, *notes = OmissionSchedule.from_config(sat).describe()
+        assert state.schedule is not None
+        schedule, *notes = state.schedule.describe()
         lines.append(
             f" sparsity-accelerated training: {schedule}; {sat.metric}, {sat.selection}, "
             f"{' and '.join(sat.modules)}"

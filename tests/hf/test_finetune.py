@@ -232,7 +232,7 @@ def test_a_line_says_what_is_left_out(
         fine_tune_command(model, data, tmp_path, SAT, "--max_length", "50", "--too_long", "skip")
     lines = [record.getMessage() for record in caplog.records]
     assert any("left out: " in line and "longer than the context" in line for line in lines)
-    assert any(line.startswith("SAT: omission rate 0.5 up to step 6 of 10") for line in lines)
+    assert any(line.startswith("SAT: rate 0.5 up to step 6 of 10, then") for line in lines)
     assert any(line.startswith("--method sat: 60,432 of 60,432 parameters") for line in lines)
     assert any(line.startswith("the tokenizer has no chat template") for line in lines)
 

@@ -9,13 +9,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_sat import SATConfig, SATState
+from megatron_sat import SATState
 from megatron_sat.layers import SATCoreAttention, get_gpt_block_sat_spec
 from megatron_sat.layers.norm import SATLayerNorm, SATRMSNorm
 from megatron_sat.ops.backend import force_backend
 from megatron_sat.testing import mask_omitted, run_on_ranks, tiny_config, tiny_gpt
-
-VOCABULARY, SEQUENCE, BATCH = 64, 16, 2
+from tests.layers.models import BATCH, SEQUENCE, VOCABULARY, sat
 
 MODELS: dict[str, dict[str, Any]] = {
     "multi-head": {"num_attention_heads": 4},
@@ -26,16 +25,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "qk-norm": {"num_attention_heads": 8, "num_query_groups": 4, "qk_layernorm": True},
     "fused-swiglu": {"bias_activation_fusion": True},
 }
-
-
-def sat(**overrides: Any) -> SATConfig:
-    settings = {
-        "omission_rate": 0.5,
-        "total_steps": 10,
-        "decay_start_step": 10,
-        "channel_multiple": 8,
-    }
-    return SATConfig(**(settings | overrides))
 
 
 def stock_spec(config: Any) -> Any:
@@ -126,7 +115,7 @@ def compare(model: str, dtype_name: str, sequence_parallel: bool, settings: dict
     """On one rank: the largest relative error, and whether what is left out is exactly zero."""
     dtype = getattr(torch, dtype_name)
     config = tiny_config(**MODELS[model], sequence_parallel=sequence_parallel)
-    state = SATState(sat(**settings))
+    state = SATState(sat(**{"selection_groups": None} | settings))
     sparse, dense = twins(config, state, dtype)
     state.begin_step(1)
     state.begin_micro_batch(0)
@@ -250,7 +239,9 @@ def test_a_rank_may_keep_nothing(fused: bool) -> None:
 
 def compare_dense(model: str, sequence_parallel: bool, rate: float) -> dict:
     config = tiny_config(**MODELS[model], sequence_parallel=sequence_parallel)
-    state = SATState(sat(omission_rate=rate, decay_start_step=1, schedule="linear"))
+    state = SATState(
+        sat(omission_rate=rate, decay_start_step=1, schedule="linear", selection_groups=None)
+    )
     sparse, dense = twins(config, state, torch.float32)
     state.begin_step(10)
     # On a GPU our own SwiGLU would serve the dense steps too, equal within rounding only.

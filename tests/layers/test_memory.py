@@ -123,31 +123,31 @@ def peaks(shape: str, length: int, sequences: int, recompute: dict[str, Any]) ->
 
 # By hidden size and tokens, in its multiples: so few that gradients are made in more parts, as many
 # as there are features, and many.
-@pytest.mark.parametrize("multiple", [0.75, 1, 4])
+@pytest.mark.parametrize("multiple", [0.5, 0.75, 1, 4])
 @pytest.mark.parametrize("recompute", [{}, RECOMPUTE], ids=["plain", "recomputing"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_peak_is_never_above_that_of_dense(
     shape: str, recompute: dict[str, Any], multiple: float
 ) -> None:
     tokens = int(multiple * SHAPES[shape][0])
-    length = min(tokens, 2048) if multiple >= 1 else tokens // 2
+    length = min(tokens, 2048) if multiple >= 1 else tokens
     (found,) = run_on_ranks(peaks, 1, shape, length, tokens // length, recompute)
     dense = found.pop(0.0)
-    if multiple < 1:
-        # They would have to be in still more parts.
-        assert found.pop(0.1) < 1.01 * dense
-    # What is exactly dense's memory differs by the scores of units.
-    assert all(peak < dense + 1e-3 for peak in found.values()), (dense, found)
-    assert found[0.96] < 0.99 * dense
+    # What is exactly dense's memory differs by the scores of units; and parts of gradients, where
+    # tokens are few, by what they are rounded to.
+    tolerance = 1e-3 if multiple > 0.5 else 3e-3
+    assert all(peak < dense + tolerance for peak in found.values()), (dense, found)
+    assert found[0.96] < 0.999 * dense
 
 
-def test_what_two_dense_layers_keep() -> None:
-    """Without recomputation: weights and what backward reads, as docs/training.md counts it."""
+def test_the_peak_of_two_dense_layers() -> None:
+    """By counting, with activations as docs/training.md counts them."""
     hidden, channels, heads, groups = SHAPES["7B"]
     (found,) = run_on_ranks(peaks, 1, "7B", 4096, 4, {})
     tokens, weights = 16384, hidden * (4 * hidden + 3 * channels)
     kept = tokens * (6 * hidden + 2 * groups * hidden // heads + 3 * channels)
-    # And what comes in, and its gradient; and of the second layer's MLP, where the peak is, the
-    # gradients of its input and of its weights that are made at the time.
-    least = 2 * (2 * weights + 2 * kept + 2 * tokens * hidden) / 2**30
-    assert least < found[0.0] < least + 1.5
+    # What came out and its gradient. The peak is in the second layer, where SwiGLU's gradient is
+    # made, as large as its input, and that of the weight behind it is there.
+    elements = 2 * weights + 2 * kept + tokens * 2 * hidden + 2 * tokens * channels
+    elements += hidden * channels
+    assert found[0.0] == pytest.approx(2 * elements / 2**30, abs=0.01)

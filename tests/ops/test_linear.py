@@ -30,6 +30,8 @@ def gradients_made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     (as in most of these small cases)."""
     if request.param == "in parts":
         monkeypatch.setattr(linear, "_ALIGNED", 2)
+        monkeypatch.setattr(linear, "_NARROWEST", 2)
+        assert linear._part(11, 8, 9, tokens=6) < 11
 
 
 def kept_positions(unit: int, sections: int, units: int, kept: list[int]) -> Tensor:
@@ -171,9 +173,9 @@ def test_under_autocast_they_compute_as_linear_does() -> None:
 def test_weight_gradients_in_parts_under_autocast() -> None:
     """Few tokens and many features, so that they are made in parts without being told to."""
     index = torch.tensor([0, 3, 4, 7, 9])
-    x, column = leaf(3, 192, dtype=torch.float32), leaf(160, 192, dtype=torch.float32)
-    row = leaf(192, 160, dtype=torch.float32)
-    assert linear._part(192, 80, 160, tokens=3) < 192
+    x, column = leaf(3, 512, dtype=torch.float32), leaf(160, 512, dtype=torch.float32)
+    row = leaf(512, 160, dtype=torch.float32)
+    assert linear._part(512, 80, 160, tokens=3) == 128
     mask = torch.zeros(160)
     mask[kept_positions(16, 1, 10, index.tolist())] = 1
 
@@ -317,7 +319,15 @@ def test_a_weight_that_units_do_not_fill_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("kept", "tokens", "parts"),
-    [(50, 8192, 1), (90, 4096, 5), (90, 16384, 2), (90, 64, 8), (100, 4096, 1)],
+    [
+        (50, 8192, 1),
+        (90, 4096, 5),
+        (97, 4096, 8),
+        (90, 16384, 2),
+        (50, 2048, 2),
+        (90, 64, 32),
+        (100, 4096, 1),
+    ],
 )
 def test_gradients_are_made_in_parts_where_little_is_saved(
     kept: int, tokens: int, parts: int
